@@ -1,0 +1,104 @@
+"""Fixtures: a fast random network, a small MNIST for runs in this process, and a small copy of the repository."""
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import test
+import train
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def small_model():
+    """A narrow network, random also where training starts from zeros, for prediction."""
+    torch.manual_seed(0)
+    model = train.SimpleUnet(widths=(8, 16))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """{True: (images, labels) of the training set, False: of the test set}, at 28 x 28 pixels, grey."""
+    return {part: train.load_mnist(part) for part in (True, False)}
+
+
+@pytest.fixture
+def small_mnist(monkeypatch):
+    """The first 256 training and 500 test images, for main() of train.py and test.py in this process."""
+    load = train.load_mnist
+
+    def load_some(part, *form, **keywords):
+        images, labels = load(part, *form, **keywords)
+        count = 256 if part else 500
+        return images[:count], labels[:count]
+
+    for module in (train, test):
+        monkeypatch.setattr(module, "load_mnist", load_some)
+
+
+def write_checkpoint(path, model, epoch, **other):
+    """Write a checkpoint as train.py does; other: entries to add or replace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = dict(epoch=epoch, model_state_dict=model.state_dict(), loss=0.5, config=model.config)
+    torch.save(checkpoint | other, path)
+    return path
+
+
+def read_csv(path):
+    """Return the rows of a csv file as dicts of strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_idx(path, array):
+    """Write a uint8 array in MNIST's file format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def small_repository(tmp_path_factory, mnist):
+    """A copy of the repository as a user has it, but with 3,000 training and 500 test images."""
+    folder = tmp_path_factory.mktemp("repository")
+    raw = folder / "mnist/MNIST/raw"
+    raw.mkdir(parents=True)
+    for part, name, count in ((True, "train", 3000), (False, "t10k", 500)):
+        images, labels = (values[:count].byte().numpy() for values in mnist[part])
+        write_idx(raw / f"{name}-images-idx3-ubyte", images[:, 0])
+        write_idx(raw / f"{name}-labels-idx1-ubyte", labels)
+    shutil.copytree(REPOSITORY / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "checkpoints").mkdir()
+    shutil.copy(REPOSITORY / "checkpoints/classifier.pth", folder / "checkpoints")
+    return folder
+
+
+def call(folder, *command):
+    """Run 'python COMMAND' in the folder, as a user does, and return the completed process."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def error_of(main, argv, capsys):
+    """Return the error message of main(argv), after checking that it is one line and that the exit code is not 0."""
+    with pytest.raises(SystemExit) as stop:
+        train.run(lambda: main(argv))
+    message = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    assert stop.value.code != 0 and "error: " in message and message.strip().count("\n") == 0
+    return message
+
+
+
+@pytest.fixture(scope="session")
+def trained(small_repository):
+    """(folder, completed process) of 'python src/train.py' in the small repository, for two epochs."""
+    flags = "--n_epochs 2 --save_every 1 --batch_size 64 --device cpu".split()
+    return small_repository, call(small_repository, "src/train.py", *flags)

@@ -1,0 +1,293 @@
+"""train.py: the schedule, the network, the data, files, the training loop, the command line."""
+import copy
+import gzip
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, call, read_csv
+from diffusers import DDPMScheduler
+from PIL import Image
+
+import generate
+import train
+
+
+# ---- noise schedule ----
+def test_schedule_is_that_of_ddpm():
+    reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    torch.testing.assert_close(train.linear_beta_schedule(1000).float(), reference.betas)
+    torch.testing.assert_close(train.cumulative_alphas(1000).float(), reference.alphas_cumprod, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("time_steps", [train.MIN_TIME_STEPS, 100, 200, 1000, 4000])
+def test_schedule_ends_in_noise_for_every_t(time_steps):
+    betas = train.linear_beta_schedule(time_steps)
+    assert betas.dtype == torch.float64 and len(betas) == time_steps
+    assert 0 < betas.min() and betas.max() < 1
+    assert 0 < train.cumulative_alphas(time_steps)[-1] < 1e-4
+
+
+def test_least_t_is_the_least_with_betas_below_1():
+    assert train.linear_beta_schedule(train.MIN_TIME_STEPS - 1).max() >= 1
+
+
+def test_forward_process_is_that_of_ddpm():
+    reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
+    x_t = train.forward_diffusion_sample(x_0, t, noise, train.cumulative_alphas(1000))
+    assert x_t.dtype == torch.float32
+    torch.testing.assert_close(x_t, reference.add_noise(x_0, noise, t), rtol=1e-4, atol=1e-5)
+
+
+# ---- network ----
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [28, 32])
+def test_unet_keeps_the_shape(channels, image_size):
+    model = train.SimpleUnet(channels, image_size)
+    x = torch.randn(2, channels, image_size, image_size)
+    assert model(x, torch.tensor([0, 999]), torch.tensor([3, train.NULL_LABEL])).shape == x.shape
+
+
+def test_unet_sees_image_time_and_label(small_model):
+    x, t, labels = torch.randn(1, 1, 28, 28), torch.tensor([500]), torch.tensor([3])
+    eps = small_model(x, t, labels)
+    for other in (small_model(x + 0.1, t, labels), small_model(x, t + 1, labels), small_model(x, t, labels + 1)):
+        assert (other - eps).abs().max() > 1e-3
+
+
+def test_unet_takes_the_same_share_of_every_t_alike(small_model):
+    other = train.SimpleUnet(time_steps=200, widths=(8, 16))
+    other.load_state_dict(small_model.state_dict())
+    x, labels = torch.randn(1, 1, 28, 28), torch.tensor([3])
+    torch.testing.assert_close(other(x, torch.tensor([100]), labels), small_model(x, torch.tensor([500]), labels))
+
+
+# ---- data ----
+@pytest.mark.parametrize("part, name, count", [(True, "train", 60000), (False, "t10k", 10000)])
+def test_data_is_what_the_archives_hold(mnist, part, name, count):
+    images, labels = mnist[part]
+    raw = REPOSITORY / "mnist/MNIST/raw"
+    pixels = np.frombuffer(gzip.decompress((raw / f"{name}-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
+    digits = np.frombuffer(gzip.decompress((raw / f"{name}-labels-idx1-ubyte.gz").read_bytes())[8:], np.uint8)
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    np.testing.assert_array_equal(images, pixels.reshape(count, 1, 28, 28))
+    np.testing.assert_array_equal(labels, digits)
+
+
+def test_data_takes_other_sizes_and_channels(mnist):
+    images, _ = train.load_mnist(False, image_size=32, channels=3)
+    assert images.shape == (10000, 3, 32, 32) and images.dtype == torch.uint8
+    assert (images[:, 0] == images[:, 2]).all()
+    assert abs(images.float().mean() - mnist[False][0].float().mean()) < 1
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data[:-1] + b"\xff"],
+                         ids=["truncated", "empty", "one byte changed"])
+def test_damaged_unpacked_files_are_unpacked_again(tmp_path, monkeypatch, mnist, damage):
+    shutil.copytree(REPOSITORY / "mnist", tmp_path / "mnist")
+    unpacked = tmp_path / "mnist/MNIST/raw/t10k-images-idx3-ubyte"
+    unpacked.write_bytes(damage(unpacked.read_bytes()))
+    monkeypatch.setattr(train, "REPOSITORY", tmp_path)
+    assert train.load_mnist(False)[0].equal(mnist[False][0])
+
+
+def test_generator_depends_on_every_part_of_its_key():
+    def draw(*key):
+        return torch.randn(4, generator=train.generator(torch.device("cpu"), *key)).tolist()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({str(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1)]}) == 5
+
+
+# ---- files ----
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), train.replacing(path) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_can_be_read_back(tmp_path):
+    train.write_csv(tmp_path / "a/log.csv", [{"epoch": 1, "note": "a, b"}, {"epoch": 2, "note": ""}])
+    assert read_csv(tmp_path / "a/log.csv") == [{"epoch": "1", "note": "a, b"}, {"epoch": "2", "note": ""}]
+
+
+# ---- training ----
+class Recorder:
+    """Stands in for the network: records what it is given and predicts 0."""
+
+    def __call__(self, x_t, t, labels):
+        self.x_t, self.t, self.labels = x_t, t, labels
+        return torch.zeros_like(x_t)
+
+
+def loss_of(model, batch_size=1000, time_steps=1000):
+    x_0, labels = torch.ones(batch_size, 1, 4, 4), torch.full((batch_size,), 3)
+    alphas_cumprod = train.cumulative_alphas(time_steps)
+    return train.training_loss(model, x_0, labels, alphas_cumprod, train.generator(torch.device("cpu"), 0))
+
+
+def test_loss_is_the_mean_squared_noise():
+    assert loss_of(Recorder()).item() == pytest.approx(1, abs=0.05)  # the network says 0, the noise has variance 1
+
+
+@pytest.mark.parametrize("batch_size, time_steps", [(1000, 1000), (50, 1000), (256, 30)])
+def test_t_is_spread_evenly_over_the_batch(batch_size, time_steps):
+    model = Recorder()
+    loss_of(model, batch_size, time_steps)
+    places = model.t.double() / time_steps * batch_size  # the i-th lies in the i-th of batch_size equal parts
+    assert ((places - torch.arange(batch_size)) > -batch_size / time_steps).all()
+    assert ((places - torch.arange(batch_size)) < 1).all()
+
+
+def test_x_t_has_the_noise_that_its_t_asks_for():
+    model = Recorder()
+    loss_of(model, 10000)
+    mean = model.x_t[model.t == 500].mean()  # of x_0 = 1 everywhere
+    assert mean.item() == pytest.approx(train.cumulative_alphas(1000)[500].sqrt().item(), abs=0.3)
+    assert model.x_t[-100:].std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_tenth_of_the_labels_is_dropped():
+    model = Recorder()
+    loss_of(model, 10000)
+    assert set(model.labels.tolist()) == {3, train.NULL_LABEL}
+    assert (model.labels == train.NULL_LABEL).float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    factors = [train.learning_rate_factor(step, 10000) for step in range(10000)]
+    assert factors[0] == 0.01 and factors[50] == 0.51
+    assert set(factors[100:6000]) == {1}
+    assert factors[8000] == pytest.approx(0.5) and 0 < factors[-1] < 0.001
+
+
+def test_optimizers_move_every_weight_once():
+    model = train.SimpleUnet(widths=(8, 16))
+    before = copy.deepcopy(model.state_dict())
+    optimizers = train.make_optimizers(model)
+    assert sum(p.numel() for optimizer, _ in optimizers for group in optimizer.param_groups
+               for p in group["params"]) == sum(p.numel() for p in model.parameters())
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+        p.grad.copy_(torch.randn(p.shape))
+    for optimizer, _ in optimizers:
+        optimizer.step()
+    assert all((p != before[name]).any() for name, p in model.state_dict().items())
+
+
+def test_muon_orthogonalises_the_step_of_a_kernel():
+    """Muon's step is the gradient with its singular values set to about 1 (Jordan et al. 2024): 0.7 to 1.2 in torch."""
+    model = train.SimpleUnet(widths=(8, 16))
+    (muon, _), _ = train.make_optimizers(model)
+    kernel = model.mid1.conv1.weight
+    before = kernel.detach().clone()
+    kernel.grad.copy_(torch.randn(kernel.shape))
+    muon.param_groups[0]["lr"] = 1.0
+    muon.step()
+    values = torch.linalg.svdvals((kernel - before).flatten(1))
+    assert 0.5 < values.min() and values.max() < 1.5
+
+
+def settings(**other):
+    return Namespace(**dict(batch_size=16, time_steps=1000, seed=0, n_epochs=2) | other)
+
+
+def test_ema_follows_the_weights(mnist):
+    images, labels = (values[:80] for values in mnist[True])
+    model = train.SimpleUnet(widths=(8, 16))
+    ema = copy.deepcopy(model)
+    expected, step = copy.deepcopy(model.state_dict()), 0
+
+    def after_step(_):
+        nonlocal step
+        decay = (1 + step) / (10 + step)
+        for name, p in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * p
+        step += 1
+
+    bar = SimpleNamespace(update=after_step, set_postfix=lambda **_: None)
+    train.train_one_epoch(model, ema, train.make_optimizers(model), images, labels, 0, settings(), bar)
+    assert step == 5
+    torch.testing.assert_close(dict(ema.state_dict()), expected)
+
+
+def run_small(root, *flags):
+    train.main(["--root", str(root), "--batch_size", "64", "--device", "cpu", *map(str, flags)])
+    return generate.load_checkpoint(max((root / "checkpoints").iterdir()))
+
+
+def test_the_loss_falls(tmp_path, small_mnist):
+    run_small(tmp_path, "--n_epochs", 12, "--save_every", 12)
+    log = read_csv(tmp_path / "datas/train_log.csv")
+    assert [row["epoch"] for row in log] == [str(n) for n in range(1, 13)]
+    assert list(log[0]) == ["epoch", "loss", "seconds", "images_per_second"]
+    assert float(log[0]["loss"]) > 0.9 and float(log[-1]["loss"]) < 0.4
+
+
+def test_a_run_depends_on_its_seed_alone(tmp_path, small_mnist):
+    weights = [run_small(tmp_path / str(i), "--n_epochs", 2, "--seed", seed)[1]["model_state_dict"]
+               for i, seed in enumerate((0, 0, 1))]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert not all(weights[0][name].equal(weights[2][name]) for name in weights[0])
+
+
+def test_checkpoints_come_as_promised(tmp_path, small_mnist):
+    model, checkpoint = run_small(tmp_path, "--n_epochs", 5, "--save_every", 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "diffusion_epoch_2.pth", "diffusion_epoch_4.pth", "diffusion_epoch_5.pth"}
+    assert set(checkpoint) == {"epoch", "model_state_dict", "loss", "config"}
+    assert checkpoint["epoch"] == 5 and isinstance(checkpoint["loss"], float)
+    assert checkpoint["config"] == dict(channels=1, image_size=28, time_steps=1000, widths=(32, 64))
+    assert not model.training and all(p.equal(checkpoint["model_state_dict"][name]) for name, p in
+                                      model.state_dict().items())
+    with Image.open(tmp_path / "datas/train_log.png") as picture:
+        picture.load()
+
+
+@pytest.mark.parametrize("flag, value", [("image_size", 32), ("channels", 3), ("time_steps", 200)])
+def test_every_promised_flag_trains_and_samples(tmp_path, small_mnist, flag, value):
+    model, _ = run_small(tmp_path, "--n_epochs", 1, f"--{flag}", value)
+    assert model.config[flag] == value
+    images = generate.generate_samples(model, 1, n_samples=3, save_dir=tmp_path)
+    assert images.shape == (3, model.config["channels"], model.config["image_size"], model.config["image_size"])
+
+
+# ---- command line ----
+def test_a_run_is_replaced_only_when_asked(tmp_path, small_mnist):
+    run_small(tmp_path, "--n_epochs", 2, "--save_every", 1)
+    with pytest.raises(train.InputError, match="--overwrite"):
+        run_small(tmp_path, "--n_epochs", 1)
+    assert (tmp_path / "checkpoints/diffusion_epoch_2.pth").exists()
+    (tmp_path / "checkpoints/classifier.pth").touch()
+    run_small(tmp_path, "--n_epochs", 1, "--overwrite")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"diffusion_epoch_1.pth", "classifier.pth"}
+
+
+def test_importing_runs_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'src')!r}); import test, generate, train"
+    done = call(tmp_path, "-c", code, "--no_such_flag")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "test"])
+def test_help_names_every_default(script):
+    done = call(REPOSITORY, f"src/{script}.py", "--help")
+    assert done.returncode == 0
+    for flag in ("--root", "--device", "--channels", "--seed"):
+        assert flag in done.stdout
+
+
+def test_train_as_a_user_runs_it(trained):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    assert "on cpu" in done.stdout and "epoch 2/2" in done.stderr and "images/s" in done.stderr
+    assert (folder / "checkpoints/diffusion_epoch_2.pth").exists()
+    assert (folder / "datas/train_log.csv").exists() and (folder / "datas/train_log.png").exists()
