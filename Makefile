@@ -1,15 +1,15 @@
 PYTHON = .venv/bin/python
 
-demo: .venv/installed  ## train, generate and evaluate under demo/: a few minutes on a CPU
+demo: .venv/installed
 	$(PYTHON) src/train.py --root demo --n_epochs 3 --save_every 1 --batch_size 64 --overwrite
 	$(PYTHON) src/generate.py --root demo --labels 0-9 --n_samples 100
 	$(PYTHON) src/test.py --root demo
 	@echo "digits:  demo/generated_samples/generated_samples_3.png"
 	@echo "metrics: demo/datas/metrics.png"
 
-test: .venv/installed-dev  ## run the test suite
-	.venv/bin/ruff check
+test: .venv/installed-dev
 	$(PYTHON) -m pytest
+	.venv/bin/ruff check
 
 .venv/bin/python:
 	python3 -m venv .venv
@@ -22,4 +22,5 @@ test: .venv/installed-dev  ## run the test suite
 	$(PYTHON) -m pip install -r requirements-dev.txt
 	touch $@
 
+.DELETE_ON_ERROR:  # no half-made .venv
 .PHONY: demo test

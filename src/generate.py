@@ -22,13 +22,15 @@ from train import (
     REPOSITORY,
     InputError,
     SimpleUnet,
-    at_least,
     cumulative_alphas,
+    epoch_checkpoints,
     generator,
     has_bf16,
+    make_folder,
     make_parser,
     replacing,
     run,
+    whole_number,
 )
 
 CHUNK = 100  # images sampled together, always, so that image i depends on the seed and i alone
@@ -90,28 +92,31 @@ SAMPLERS = {"dpm": dpm, "ddpm": ddpm}
 
 
 # ---- sampling ----
+def noise_predictor(model, labels):
+    """Return the function eps(x_t, t) that samplers ask for: the model's prediction for the labels (B,)."""
+    def eps(x_t, t):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
+            return model(x_t, torch.full_like(labels, t), labels).float()
+    return eps
+
+
 @torch.inference_mode()
 def sample(model, labels, sampler="dpm", steps=None, seed=0):
     """Return images (N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL. steps: 12 for dpm, T for ddpm.
 
-    Image i depends on the seed and on labels[i] alone. Raises InputError for more steps than T.
+    On one machine image i depends on the seed and on labels[i] alone. Raises InputError for more steps than T.
     """
     device, config = next(model.parameters()).device, model.config
     steps = steps or {"dpm": 12, "ddpm": config["time_steps"]}[sampler]
     if steps > config["time_steps"]:
-        raise InputError(f"{steps} steps are more than the model's {config['time_steps']} time steps")
+        raise InputError(f"--steps: {steps} steps are more than the model's {config['time_steps']} time steps")
     levels = noise_levels(config["time_steps"], steps)
     chunks = labels.split(CHUNK)
     images = []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
-            y = pad(chunk, (0, CHUNK - len(chunk))).to(device)
-
-            def eps(x_t, t, y=y):
-                with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-                    return model(x_t, torch.full_like(y, t), y).float()
-
-            rng = generator(device, seed, number)
+            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device))
+            rng = generator(device, seed, 2, number)
             shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
             noise = torch.randn(shape, generator=rng, device=device)
             for x_t in SAMPLERS[sampler](eps, noise, levels, rng):
@@ -145,7 +150,7 @@ def save_grid(path, images, columns):
     """Write images (N, C, H, W) uint8 row by row as one PNG; small grids are enlarged, each pixel to a square."""
     grid = make_grid(images, columns, padding=1)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    picture = ImageOps.scale(picture, max(1, 800 // picture.width), Image.Resampling.NEAREST)
+    picture = ImageOps.scale(picture, max(1, 800 // max(picture.size)), Image.Resampling.NEAREST)
     with replacing(path) as file:
         picture.save(file, format="png")
 
@@ -157,30 +162,30 @@ def load_checkpoint(path, device="cpu"):
     Raises OSError where the file cannot be read, InputError where it is damaged or not of this program.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model = SimpleUnet(**checkpoint["config"]).to(device)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
+        checkpoint["epoch"] = int(checkpoint["epoch"])
     except OSError:
         raise
     except Exception as error:  # torch.load meets damage with nearly any exception
         raise InputError(f"{path}: damaged, or not a checkpoint of this program") from error
-    return model.eval().requires_grad_(False), checkpoint
+    return model.to(device).eval().requires_grad_(False), checkpoint
 
 
 def find_checkpoints(root, epochs, checkpoint_path=None):
     """Return the path given, or else those of root's checkpoints up to epochs, or else that of the released weights."""
     if checkpoint_path:
         return [checkpoint_path]
-    matches = [re.fullmatch(r"diffusion_epoch_(\d+)\.pth", path.name) for path in root.glob("checkpoints/*")]
-    found = sorted((int(match[1]), root / "checkpoints" / match[0]) for match in matches if match)
+    found, folder = epoch_checkpoints(root), root / "checkpoints"
     pretrained = REPOSITORY / "checkpoints/pretrained.pth"
-    if found and found[0][0] > epochs:
-        raise InputError(f"--epochs {epochs}: the first checkpoint in {root / 'checkpoints'} is of epoch {found[0][0]}")
+    if found and min(found) > epochs:
+        raise InputError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch {min(found)}")
     if not found and not pretrained.exists():
-        raise InputError(f"no checkpoint in {root / 'checkpoints'}: train one with 'python src/train.py'")
+        raise InputError(f"no checkpoint in {folder}: train one with 'python src/train.py'")
     if not found:
-        print(f"no checkpoint in {root / 'checkpoints'}: using the released {pretrained}")
-    return [path for epoch, path in found if epoch <= epochs] or [pretrained]
+        print(f"no checkpoint in {folder}: using the released {pretrained}")
+    return [path for epoch, path in found.items() if epoch <= epochs] or [pretrained]
 
 
 def refuse_contradictions(args, path, config):
@@ -207,21 +212,22 @@ def parse_labels(text):
 
 def add_checkpoint_flags(parser):
     """Add the flags that say which checkpoints to read."""
-    parser.add_argument("--epochs", type=at_least(1), default=1000, help="take the checkpoints up to this epoch")
+    parser.add_argument("--epochs", type=whole_number(1), default=1000, help="take the checkpoints up to this epoch")
     parser.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
-    parser.add_argument("--channels", type=at_least(1), help="refuse checkpoints of other channels")
+    parser.add_argument("--channels", type=whole_number(1), help="refuse checkpoints of other channels")
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument("--n_samples", type=at_least(1), default=16, help="digits in a grid")
-    parser.add_argument("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; none: "
-                        "leave it to the model; by default drawn from the seed")
+    parser.add_argument("--n_samples", type=whole_number(1, 100_000), default=16, help="digits in a grid")
+    parser.add_argument("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; "
+                        "none: leave them to the model (default: drawn from the seed)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="ddpm: the original one, slow; dpm: fast")
-    parser.add_argument("--steps", type=at_least(1), help="steps of the sampler; by default 12 for dpm, all for ddpm")
+    parser.add_argument("--steps", type=whole_number(1), help="sampler steps (default: 12 for dpm, T for ddpm)")
     args = parser.parse_args(argv)
     save_dir = args.root / "generated_samples"
+    make_folder(save_dir)
     for path in find_checkpoints(args.root, args.epochs, args.checkpoint_path):
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, path, model.config)

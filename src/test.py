@@ -18,7 +18,6 @@ from train import (
     NULL_LABEL,
     REPOSITORY,
     InputError,
-    at_least,
     cumulative_alphas,
     forward_diffusion_sample,
     generator,
@@ -28,6 +27,7 @@ from train import (
     make_parser,
     replacing,
     run,
+    whole_number,
     write_csv,
 )
 
@@ -85,12 +85,12 @@ def train_classifier(device, seed, epochs=10, batch_size=100):
 
 def load_classifier(path, device):
     """Return the Classifier in the file, ready to predict. Raises InputError where there is none."""
-    classifier = Classifier().to(device)
+    classifier = Classifier()
     try:
-        classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load meets damage with nearly any exception
         raise InputError(f"{path}: missing or damaged; make it with 'python src/test.py --train_classifier'") from error
-    return classifier.eval().requires_grad_(False)
+    return classifier.to(device).eval().requires_grad_(False)
 
 
 # ---- features ----
@@ -145,15 +145,15 @@ def noise_mse(model, images, labels, batch_size):
 
     The t, spread evenly over 0..T-1, and the noise are drawn on the CPU: every checkpoint and machine gets the same.
     """
-    rng, time_steps = generator("cpu", 0), model.config["time_steps"]
+    rng, time_steps = generator("cpu", 0, 3), model.config["time_steps"]
     t = (torch.randperm(len(images), generator=rng) * time_steps // len(images)).to(images.device)
     noise = torch.randn(images.shape, generator=rng)
     alphas_cumprod = cumulative_alphas(time_steps).to(images.device)
     total = 0.0
-    for x, t_x, eps, y in zip(*(v.split(batch_size) for v in (images, t, noise, labels)), strict=True):
-        eps = eps.to(x.device)
-        x_t = forward_diffusion_sample(x / 127.5 - 1, t_x, eps, alphas_cumprod)
-        total += F.mse_loss(model(x_t, t_x, y), eps, reduction="sum").item()
+    for x, t_x, noise_x, y in zip(*(values.split(batch_size) for values in (images, t, noise, labels)), strict=True):
+        noise_x = noise_x.to(x.device)
+        x_t = forward_diffusion_sample(x / 127.5 - 1, t_x, noise_x, alphas_cumprod)
+        total += F.mse_loss(model(x_t, t_x, y), noise_x, reduction="sum").item()
     return total / noise.numel()
 
 
@@ -166,7 +166,7 @@ def plot_metrics(path, rows):
     left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
     for space, color in (("classifier", "#D55E00"), ("latent", "#0072B2")):
         right.plot(epochs, [row[f"fid_{space}"] for row in rows], "o-", color=color, label=f"{space} features")
-        right.axhline(rows[-1][f"floor_{space}"], ls="--", color=color, label="their floor: training images")
+        right.axhline(rows[-1][f"floor_{space}"], ls="--", color=color, label=f"{space} floor (training images)")
     right.set(title=f"FID of {rows[-1]['n_samples']:,} digits", xlabel="epoch", yscale="log")
     figure.legend(loc="outside lower right", ncols=4, fontsize="small")
     for axes in (left, right):
@@ -191,7 +191,9 @@ def pick_images(images, labels, wanted):
 @torch.inference_mode()
 def evaluate(paths, args):
     """Print and yield the row of metrics.csv, a dict, of each checkpoint. The newest one's latent space serves all."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
     newest, checkpoint = load_checkpoint(paths[-1], args.device)
+    latent_epoch = checkpoint["epoch"]
     refuse_contradictions(args, paths[-1], newest.config)
     classifier = load_classifier(CLASSIFIER, args.device)
     form = newest.config["image_size"], newest.config["channels"], args.device
@@ -206,16 +208,18 @@ def evaluate(paths, args):
     real, _ = features(test_images)
     floor, digits = features(pick_images(*load_mnist(True, *form), wanted))
     floors = {f"floor_{space}": frechet_distance(floor[space], real[space]) for space in real}
-    print(f"{args.n_samples:,} digits; latent space of epoch {checkpoint['epoch']}; floor: as many training images\n"
+    print(f"{args.n_samples:,} digits; latent space of epoch {latent_epoch}; floor: as many training images\n"
           " epoch       MSE  FID latent  FID classifier  accuracy\n"
           f" floor           {floors['floor_latent']:12.4f}  {floors['floor_classifier']:14.4f}"
           f"  {accuracy(digits, wanted):8.2%}")
     for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
+        if model.config != newest.config:
+            raise InputError(f"{path} is of {model.config}, but {paths[-1]} of {newest.config}")
         fake, digits = features(sample(model, wanted, seed=args.seed))
         row = dict(epoch=checkpoint["epoch"], mse=noise_mse(model, test_images, test_labels, args.batch_size),
                    **{f"fid_{space}": frechet_distance(fake[space], real[space]) for space in real},
-                   accuracy=accuracy(digits, wanted), n_samples=args.n_samples, **floors)
+                   accuracy=accuracy(digits, wanted), n_samples=args.n_samples, **floors, latent_epoch=latent_epoch)
         print("{epoch:6}  {mse:8.5f}  {fid_latent:10.4f}  {fid_classifier:14.4f}  {accuracy:8.2%}".format(**row))
         yield row
 
@@ -223,6 +227,7 @@ def evaluate(paths, args):
 # ---- command line ----
 def make_classifier(args):
     """Train the classifier, write it to its place beside src and print its accuracy on the test set."""
+    make_folder(CLASSIFIER.parent)
     classifier = train_classifier(args.device, args.seed)
     with replacing(CLASSIFIER) as file:
         torch.save(classifier.state_dict(), file)
@@ -234,16 +239,14 @@ def make_classifier(args):
 def main(argv=None):
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument("--batch_size", type=at_least(1), default=256, help="test images in a batch")
-    parser.add_argument("--image_size", type=at_least(4), help="refuse checkpoints of another size")
-    parser.add_argument("--time_steps", type=at_least(1), help="refuse checkpoints of another T")
-    parser.add_argument("--n_samples", type=at_least(2000), default=2000, help="digits to generate; fewer say little")
+    parser.add_argument("--batch_size", type=whole_number(1), default=256, help="test images in a batch")
+    parser.add_argument("--image_size", type=whole_number(4), help="refuse checkpoints of another size")
+    parser.add_argument("--time_steps", type=whole_number(1), help="refuse checkpoints of another T")
+    parser.add_argument("--n_samples", type=whole_number(2000, 50_000), default=2000, help="digits to generate")
     parser.add_argument("--train_classifier", action="store_true", help="make checkpoints/classifier.pth anew, and end")
     args = parser.parse_args(argv)
     if args.train_classifier:
         return make_classifier(args)
-    if args.n_samples > 50_000:
-        parser.error(f"argument --n_samples: must be at most 50000, for want of training images, not {args.n_samples}")
     make_folder(args.root / "datas")
     rows = []
     for row in evaluate(find_checkpoints(args.root, args.epochs, args.checkpoint_path), args):

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -42,7 +43,10 @@ def linear_beta_schedule(time_steps):
     """Return betas (T,) in float64: linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
 
     Other T scale both ends by 1000 / T, so that for every T alphas_cumprod ends near 0 and x_t as pure noise.
+    Raises InputError for a T below MIN_TIME_STEPS.
     """
+    if time_steps < MIN_TIME_STEPS:
+        raise InputError(f"time_steps must be at least {MIN_TIME_STEPS}, not {time_steps}")
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64)
 
@@ -91,6 +95,8 @@ class SimpleUnet(nn.Module):
 
     def __init__(self, channels=1, image_size=28, time_steps=1000, widths=(32, 64)):
         super().__init__()
+        if image_size % 4:
+            raise InputError(f"image_size must be a multiple of 4, not {image_size}")
         self.config = dict(channels=channels, image_size=image_size, time_steps=time_steps, widths=widths)
         a, b = widths  # channels at H/2 and at H/4
         emb = 4 * a
@@ -146,41 +152,45 @@ def load_mnist(train, image_size=28, channels=1, device="cpu"):
     Raises InputError where an archive is missing or damaged and cannot be downloaded.
     """
     folder = REPOSITORY / "mnist/MNIST/raw"
-    for archive in folder.glob("*.gz"):  # torchvision trusts whatever lies unpacked: compare it with its archive
-        unpacked = archive.with_suffix("")
-        crc32 = int.from_bytes(archive.read_bytes()[-8:-4], "little")  # of the content, as gzip stores it
-        if unpacked.exists() and zlib.crc32(unpacked.read_bytes()) != crc32:
-            unpacked.unlink()
+    for name, md5 in MNIST.resources:  # torchvision trusts whatever lies unpacked: compare it with its archive
+        archive, unpacked = folder / name, (folder / name).with_suffix("")
+        if unpacked.exists() and check_integrity(archive, md5):
+            crc32 = int.from_bytes(archive.read_bytes()[-8:-4], "little")  # of the content, as gzip stores it
+            if zlib.crc32(unpacked.read_bytes()) != crc32:
+                unpacked.unlink()
     try:
         mnist = MNIST(REPOSITORY / "mnist", train=train, download=True)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: an archive of MNIST is missing or damaged and could not be downloaded; "
-                         "restore the folder, with 'git checkout mnist' in a clone") from error
+    except Exception as error:  # a download or a damaged file fails in many ways
+        raise InputError(f"{folder}: MNIST can be neither read nor downloaded ({error}); restore the folder, "
+                         "with 'git checkout mnist' in a clone") from error
     images = mnist.data[:, None]
     if image_size != 28:
-        images = resize(images, [image_size, image_size])
+        images = torch.cat([resize(part, [image_size, image_size]) for part in images.split(1000)])
     return images.to(device).expand(-1, channels, -1, -1), mnist.targets.to(device)
 
 
 def generator(device, *key):
-    """Return a torch.Generator on the device whose draws depend on the integers in key alone."""
+    """Return a torch.Generator on the device whose draws depend on the key alone: seed, purpose, number.
+
+    Purposes: 0 the order of an epoch, 1 a step of training, 2 a chunk of samples, 3 the noise of an evaluation.
+    """
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
     return torch.Generator(device).manual_seed(seed)
 
 
 # ---- files ----
 def make_folder(path):
-    """Make the folder if it is missing. Raises OSError now, not after all the work, if nothing can be written there."""
-    path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
+    """Make the folder if it is missing. Raises InputError, before any work is lost, if it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {path} ({error.strerror}): choose another --root") from error
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a file beside path for writing bytes; when all is written, it takes path's place.
-
-    Whatever stops the program, a reader of path finds the old file or the new one, whole.
-    """
+    """Open a file for writing bytes that takes path's place when all is written: readers see the old one or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -195,20 +205,25 @@ def replacing(path):
 
 def write_csv(path, rows):
     """Write rows, dicts with the same keys, under a header of these keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+    writer.writerows([rows[0].keys(), *(row.values() for row in rows)])
     with replacing(path) as file:
         file.write(text.getvalue().encode())
+
+
+def epoch_checkpoints(root):
+    """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, in the order of N."""
+    matches = [re.fullmatch(r"diffusion_epoch_(\d+)\.pth", path.name) for path in root.glob("checkpoints/*")]
+    return dict(sorted((int(match[1]), root / "checkpoints" / match[0]) for match in matches if match))
 
 
 # ---- training ----
 def has_bf16(device):
     """Whether the device computes in bfloat16 (most CPUs only emulate it, slowly)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(map(cpu.get, ("avx512_bf16", "amx_bf16", "bf16")))
 
 
 def make_optimizers(model):
@@ -273,8 +288,11 @@ def train_one_epoch(model, ema, optimizers, images, labels, epoch, args, bar):
     return total_loss.item() / steps
 
 
-def train(model, images, labels, args):
-    """Train for args.n_epochs epochs; write checkpoints, the log and the loss curve under args.root."""
+def train(model, images, labels, args, earlier):
+    """Train for args.n_epochs epochs; write checkpoints, the log and the loss curve under args.root.
+
+    earlier: paths of the run to be replaced, removed after the first epoch, when there is something in its place.
+    """
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = make_optimizers(model)
     images_per_epoch = len(images) // args.batch_size * args.batch_size
@@ -286,6 +304,9 @@ def train(model, images, labels, args):
             loss = train_one_epoch(model, ema, optimizers, images, labels, epoch, args, bar)
             seconds = time.perf_counter() - start
             bar.set_postfix(loss=f"{loss:.4f}")
+            if epoch == 0:
+                for path in earlier:
+                    path.unlink()
             log.append(dict(epoch=epoch + 1, loss=round(loss, 6), seconds=round(seconds, 3),
                             images_per_second=round(images_per_epoch / seconds)))
             write_csv(args.root / "datas/train_log.csv", log)
@@ -308,69 +329,62 @@ def plot_losses(path, log):
 
 
 # ---- command line ----
-def at_least(minimum):
-    """Return an argparse type: whole numbers from minimum on."""
-    def whole_number(text):
-        if not re.fullmatch(r"-?\d+", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+def whole_number(minimum, maximum=10**9):
+    """Return an argparse type: integers from minimum to maximum."""
+    def parse(text):
+        if not re.fullmatch(r"-?\d+", text) or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum}, not {text!r}")
         return int(text)
-    return whole_number
+    return parse
 
 
 def usable_device(text):
     """The argparse type of --device."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+    match = re.fullmatch(r"cpu|cuda(?::(\d\d?))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text} is not usable here; try --device cpu")
-    return device
+    if text != "cpu" and not (torch.cuda.is_available() and int(match[1] or 0) < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"there is no {text} here that torch can use; try --device cpu")
+    return torch.device(text)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def make_parser(description):
-    """Return a parser with the flags that all scripts share; its errors take one line, without the usage."""
+    """Return a parser with the flags that all scripts share. Without a usage its errors take one line."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0], usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--root", type=Path, default=".", help="folder of checkpoints, generated_samples and datas")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="all randomness comes from it")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random numbers")
     return parser
-
-
-def prepare_root(root, overwrite):
-    """Make root's folders for a new run. A run that root holds is removed if overwrite, else it raises InputError."""
-    make_folder(root / "checkpoints")
-    make_folder(root / "datas")
-    earlier = [*root.glob("checkpoints/diffusion_epoch_*.pth"), *root.glob("datas/train_log.csv")]
-    if earlier and not overwrite:
-        raise InputError(f"{earlier[-1]} is of an earlier run: choose another --root, or replace it with --overwrite")
-    for path in earlier:
-        path.unlink()
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--n_epochs", type=at_least(1), default=1000, help="passes over the training images")
-    parser.add_argument("--batch_size", type=at_least(1), default=256, help="images in a step")
-    parser.add_argument("--image_size", type=at_least(4), default=28, help="pixels a side, a multiple of 4")
+    parser.add_argument("--n_epochs", type=whole_number(1), default=1000, help="passes over the training images")
+    parser.add_argument("--batch_size", type=whole_number(1, 60_000), default=256, help="images in a step")
+    parser.add_argument("--image_size", type=whole_number(4, 256), default=28, help="pixels a side, a multiple of 4")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=1, help="1: grey; 3: RGB, all the same")
-    parser.add_argument("--time_steps", type=at_least(MIN_TIME_STEPS), default=1000, help="T, steps of the diffusion")
-    parser.add_argument("--save_every", type=at_least(1), default=10, help="epochs between checkpoints")
+    parser.add_argument("--time_steps", type=whole_number(MIN_TIME_STEPS, 10_000), default=1000, help="diffusion steps")
+    parser.add_argument("--save_every", type=whole_number(1), default=10, help="epochs between checkpoints")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --root holds")
     args = parser.parse_args(argv)
-    if args.image_size % 4:
-        parser.error(f"argument --image_size: must be a multiple of 4, not {args.image_size}")
-    images, labels = load_mnist(True, args.image_size, args.channels, args.device)
-    if args.batch_size > len(images):
-        parser.error(f"argument --batch_size: must be at most {len(images)}, not {args.batch_size}")
-    prepare_root(args.root, args.overwrite)
-
     torch.manual_seed(args.seed)
     model = SimpleUnet(args.channels, args.image_size, args.time_steps).to(args.device)
+    images, labels = load_mnist(True, args.image_size, args.channels, args.device)
+    make_folder(args.root / "checkpoints")
+    make_folder(args.root / "datas")
+    earlier = [*epoch_checkpoints(args.root).values(), *args.root.glob("datas/train_log.*")]
+    if earlier and not args.overwrite:
+        raise InputError(f"{earlier[-1]} is of an earlier run: choose another --root, or replace it with --overwrite")
     print(f"training {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}, "
           f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
-    train(model, images, labels, args)
+    train(model, images, labels, args, [*earlier, *args.root.glob("datas/metrics.*")] if earlier else [])
     print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
 
 
@@ -378,8 +392,8 @@ def run(main):
     """Run a script's main; bad input ends it with one line on stderr and exit code 1."""
     try:
         main()
-    except (InputError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")  # one line
 
 
 if __name__ == "__main__":

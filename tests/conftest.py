@@ -96,7 +96,6 @@ def error_of(main, argv, capsys):
     return message
 
 
-
 @pytest.fixture(scope="session")
 def trained(small_repository):
     """(folder, completed process) of 'python src/train.py' in the small repository, for two epochs."""

@@ -19,11 +19,13 @@ import train
     (train.main, "--image_size 30", "multiple of 4"),
     (train.main, "--image_size 0", "--image_size"),
     (train.main, "--channels 2", "--channels"),
-    (train.main, "--time_steps 20", "at least 21"),
+    (train.main, "--time_steps 20", "from 21"),
     (train.main, "--save_every 0", "--save_every"),
     (train.main, "--seed -1", "--seed"),
     (train.main, "--device tpu", "--device"),
     (train.main, "--device cuda:99", "cuda:99"),
+    (train.main, "--device cuda:256", "cuda:256"),
+    (train.main, "--device cuda:-1", "cuda:-1"),
     (train.main, "--learning_rate 1", "--learning_rate"),
     (generate.main, "--n_samples 0", "--n_samples"),
     (generate.main, "--epochs 0", "--epochs"),
@@ -32,8 +34,8 @@ import train
     (generate.main, "--labels ", "--labels"),
     (generate.main, "--sampler euler", "--sampler"),
     (generate.main, "--device cuda:99", "cuda:99"),
-    (test.main, "--n_samples 1999", "at least 2000"),
-    (test.main, "--n_samples 50001", "at most 50000"),
+    (test.main, "--n_samples 1999", "from 2000"),
+    (test.main, "--n_samples 50001", "to 50000"),
     (test.main, "--batch_size 0", "--batch_size"),
 ])
 def test_bad_flags(main, flags, named, tmp_path, capsys):
@@ -78,7 +80,16 @@ def foreign(path):
 
 
 def of_another_network(path):
-    write_checkpoint(path, torch.nn.Linear(2, 2), 10)
+    write_checkpoint(path, train.SimpleUnet(widths=(8, 16)), 10, model_state_dict=torch.nn.Linear(2, 2).state_dict())
+
+
+def of_an_impossible_size(path):
+    model = train.SimpleUnet(widths=(8, 16))
+    write_checkpoint(path, model, 10, config=model.config | {"image_size": 30})
+
+
+def without_epoch(path):
+    write_checkpoint(path, train.SimpleUnet(widths=(8, 16)), None)
 
 
 def text(path):
@@ -103,12 +114,9 @@ def folder(path):
     path.mkdir()
 
 
-torch.nn.Linear.config = {"channels": 1}  # so that write_checkpoint takes it
-
-
 @pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
-@pytest.mark.parametrize("damage", [truncated, empty, foreign, of_another_network, text, list_of_numbers, hostile,
-                                    folder])
+@pytest.mark.parametrize("damage", [truncated, empty, foreign, of_another_network, of_an_impossible_size,
+                                    without_epoch, text, list_of_numbers, hostile, folder])
 def test_damaged_checkpoint(main, damage, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
@@ -135,19 +143,42 @@ def test_missing_classifier(small_model, tmp_path, monkeypatch, capsys):
     assert "--train_classifier" in error_of(test.main, ["--root", str(tmp_path)], capsys)
 
 
+@pytest.fixture
+def copied_mnist(tmp_path, monkeypatch):
+    """The folder of a copy of the four archives, used in place of the repository's, without a network."""
+    monkeypatch.setattr(train, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(train.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # no one answers there
+    return shutil.copytree(REPOSITORY / "mnist/MNIST/raw", tmp_path / "mnist/MNIST/raw",
+                           ignore=shutil.ignore_patterns("*ubyte"))
+
+
+def test_whole_archives_need_no_network(copied_mnist, mnist):
+    assert train.load_mnist(False)[0].equal(mnist[False][0])
+
+
 def missing(archive):
     archive.unlink()
 
 
-@pytest.mark.parametrize("damage", [missing, truncated], ids=["missing", "truncated"])
-def test_archive_that_cannot_be_downloaded(damage, tmp_path, monkeypatch, capsys):
-    shutil.copytree(REPOSITORY / "mnist", tmp_path / "mnist", ignore=lambda _, names: [
-        name for name in names if name.endswith("ubyte")])
-    damage(tmp_path / "mnist/MNIST/raw/train-images-idx3-ubyte.gz")
-    monkeypatch.setattr(train, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(train.MNIST, "mirrors", [])  # no network
-    assert str(tmp_path / "mnist") in error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
+@pytest.mark.parametrize("damage", [missing, truncated, empty])
+def test_damaged_archive(damage, copied_mnist, tmp_path, capsys):
+    damage(copied_mnist / "train-images-idx3-ubyte.gz")
+    assert str(copied_mnist) in error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", [truncated, empty])
+def test_damaged_unpacked_file_without_its_archive(damage, copied_mnist, tmp_path, capsys):
+    train.load_mnist(True)
+    (copied_mnist / "train-images-idx3-ubyte.gz").unlink()
+    damage(copied_mnist / "train-images-idx3-ubyte")
+    assert str(copied_mnist) in error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
+
+
+def test_damaged_archive_of_whole_unpacked_files_does_no_harm(copied_mnist, mnist):
+    train.load_mnist(False)
+    truncated(copied_mnist / "t10k-images-idx3-ubyte.gz")
+    assert train.load_mnist(False)[0].equal(mnist[False][0])
 
 
 # ---- folders ----
@@ -161,3 +192,21 @@ def test_generate_refuses_a_folder_that_it_cannot_write(small_model, tmp_path, c
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
     (tmp_path / "generated_samples").touch()
     assert "generated_samples" in error_of(generate.main, ["--root", str(tmp_path)], capsys)
+
+
+# ---- runs ----
+def test_checkpoints_of_different_models_in_one_root(small_model, tmp_path, capsys):
+    first = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", train.SimpleUnet(time_steps=200), 10)
+    write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_20.pth", small_model, 20)
+    assert str(first) in error_of(test.main, ["--root", str(tmp_path)], capsys)
+
+
+def test_a_run_that_fails_before_its_first_epoch_replaces_nothing(tmp_path, small_model, monkeypatch, capsys):
+    path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "train_one_epoch", fail)
+    assert "out of memory" in error_of(train.main, ["--root", str(tmp_path), "--overwrite"], capsys)
+    assert path.exists()

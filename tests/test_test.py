@@ -1,5 +1,6 @@
 """test.py: the classifier, features, metrics, the table and the plot."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,4 +180,4 @@ def test_test_as_a_user_runs_it(trained):
 
 def test_script_is_no_unit_test():
     assert not [name for name in vars(test) if name.lower().startswith("test")]
-    assert REPOSITORY / "src" in [path.parent for path in (REPOSITORY / "src").glob("test.py")]
+    assert Path(test.__file__) == REPOSITORY / "src/test.py"
