@@ -381,7 +381,7 @@ def main(argv=None):
     make_folder(args.root / "datas")
     earlier = [*epoch_checkpoints(args.root).values(), *args.root.glob("datas/train_log.*")]
     if earlier and not args.overwrite:
-        raise InputError(f"{earlier[-1]} is of an earlier run: choose another --root, or replace it with --overwrite")
+        raise InputError(f"{earlier[0]} is of an earlier run: choose another --root, or replace it with --overwrite")
     print(f"training {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}, "
           f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
     train(model, images, labels, args, [*earlier, *args.root.glob("datas/metrics.*")] if earlier else [])
