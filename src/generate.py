@@ -17,21 +17,8 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from train import (
-    NULL_LABEL,
-    REPOSITORY,
-    InputError,
-    SimpleUnet,
-    cumulative_alphas,
-    epoch_checkpoints,
-    generator,
-    has_bf16,
-    make_folder,
-    make_parser,
-    replacing,
-    run,
-    whole_number,
-)
+from train import (NULL_LABEL, REPOSITORY, InputError, SimpleUnet, cumulative_alphas, epoch_checkpoints, generator,
+                   has_bf16, make_folder, make_parser, replacing, run, whole_number)
 
 CHUNK = 100  # images sampled together, always, so that image i depends on the seed and i alone
 

@@ -1,10 +1,16 @@
 """Evaluate checkpoints: error of the predicted noise; quality of generated digits.
 
-    python src/test.py                      every checkpoint: prints, datas/metrics.csv, datas/metrics.png
+    python src/test.py                      every checkpoint: a table, datas/metrics.csv and pictures in datas/
     python src/test.py --train_classifier   make checkpoints/classifier.pth, the judge of the digits, anew
 
-This is a script, not a unit test. From top to bottom: the classifier, features, metrics, the plot, the command line.
+This is a script, not a unit test. From top to bottom: classifier, features, metrics, evaluation, output, command line.
 """
+import contextlib
+import csv
+import hashlib
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -13,25 +19,14 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from generate import add_checkpoint_flags, find_checkpoints, load_checkpoint, refuse_contradictions, sample
-from train import (
-    NULL_LABEL,
-    REPOSITORY,
-    InputError,
-    cumulative_alphas,
-    forward_diffusion_sample,
-    generator,
-    has_bf16,
-    load_mnist,
-    make_folder,
-    make_parser,
-    replacing,
-    run,
-    whole_number,
-    write_csv,
-)
+from generate import add_checkpoint_flags, find_checkpoints, load_checkpoint, refuse_contradictions, sample, save_grid
+from train import (NULL_LABEL, REPOSITORY, InputError, cumulative_alphas, forward_diffusion_sample, generator, has_bf16,
+                   load_mnist, make_folder, make_parser, replacing, run, whole_number, write_csv)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
+METRICS = ["fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]  # of generated digits
+COLUMNS = ["epoch", "mse", *METRICS, *(f"{name}_std" for name in METRICS), *(f"real_{name}" for name in METRICS),
+           *(f"mse_{tenth}" for tenth in range(10)), "n_samples", "seeds", "seed", "latent_epoch", "key"]
 
 
 # ---- classifier ----
@@ -94,30 +89,26 @@ def load_classifier(path, device):
 
 
 # ---- features ----
-# Each takes images (N, C, H, W) uint8, works in float32 and returns its result on the CPU.
+# All in float32. Images are (N, C, H, W) uint8 on the model's device; results are on the CPU.
+
+def to_mnist_form(images):
+    """Return (N, 1, 28, 28) in [-1, 1]: channels are averaged, other sizes resized bilinearly with antialiasing."""
+    x = images.float().mean(dim=1, keepdim=True)
+    return (x if x.shape[-1] == 28 else resize(x, [28, 28])) / 127.5 - 1
+
 
 def classify(classifier, images, batch_size):
-    """Return the classifier's features (N, 128) and the digits (N,) that it reads.
-
-    Images of another form are brought to its own: channels are averaged, sizes resized bilinearly with antialiasing.
-    """
-    features = []
-    for batch in images.split(batch_size):
-        x = batch.float().mean(dim=1, keepdim=True)
-        x = x if x.shape[-1] == 28 else resize(x, [28, 28])
-        features.append(classifier.features(x / 127.5 - 1))
-    features = torch.cat(features)
+    """Return the classifier's features (N, 128) and the digits (N,) that it reads."""
+    features = torch.cat([classifier.features(to_mnist_form(batch)) for batch in images.split(batch_size)])
     return features.cpu(), classifier.head(features).argmax(dim=1).cpu()
 
 
 def latent_features(model, images, batch_size):
     """Return the model's bottleneck for clean images, at t = 0 with the null label, averaged over space: (N, D)."""
-    features = []
-    for batch in images.split(batch_size):
-        t = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
-        bottleneck, _ = model.encode(batch / 127.5 - 1, model.embed(t, torch.full_like(t, NULL_LABEL)))
-        features.append(bottleneck.mean(dim=(2, 3)))
-    return torch.cat(features).cpu()
+    t = torch.zeros(1, dtype=torch.int64, device=images.device)
+    emb = model.embed(t, t + NULL_LABEL)
+    bottlenecks = [model.encode(batch / 127.5 - 1, emb)[0].mean(dim=(2, 3)) for batch in images.split(batch_size)]
+    return torch.cat(bottlenecks).cpu()
 
 
 # ---- metrics ----
@@ -132,54 +123,53 @@ def frechet_distance(a, b):
     values, vectors = linalg.eigh(cov_a)
     root_a = vectors * values.clip(0) ** 0.5 @ vectors.T
     trace_root = (linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0) ** 0.5).sum()
-    return (a.mean(0) - b.mean(0)).square().sum().item() + cov_a.trace() + cov_b.trace() - 2 * trace_root
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root)
 
 
-def accuracy(digits, labels):
-    """Return the share of digits (N,) that equal labels (N,)."""
-    return (digits == labels.cpu()).double().mean().item()
+def kth_nearest(points, others, k=1):
+    """Return distance and index, (N,) and (N,), of the k-th nearest of others (M, D) to each of points (N, D)."""
+    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(500)]
+    return torch.cat([f.values[:, -1] for f in found]), torch.cat([f.indices[:, -1] for f in found])
+
+
+def coverage(points, centres, k=3):
+    """Return the share of points (N, D) that lie within the distance from some centre (M, D) to its k-th neighbour.
+
+    The precision of generated points around real centres, the recall of real points around generated centres
+    (Kynkaanniemi et al. 2019, eq. 1 and 2).
+    """
+    points, centres = points.double(), centres.double()
+    radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
+    return share(torch.cat([(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(500)]))
+
+
+def share(condition):
+    """Return the share of true among booleans (N,)."""
+    return condition.double().mean().item()
 
 
 def noise_mse(model, images, labels, batch_size):
-    """Return the mean squared error of the predicted noise, over all images, with their true labels.
+    """Return the mean squared error of the predicted noise, with true labels: over all t, and in each tenth of 0..T-1.
 
-    The t, spread evenly over 0..T-1, and the noise are drawn on the CPU: every checkpoint and machine gets the same.
+    The t, spread evenly over the images, and the noise are drawn on the CPU, the same for every checkpoint and machine.
     """
     rng, time_steps = generator("cpu", 0, 3), model.config["time_steps"]
-    t = (torch.randperm(len(images), generator=rng) * time_steps // len(images)).to(images.device)
+    t = torch.randperm(len(images), generator=rng) * time_steps // len(images)
     noise = torch.randn(images.shape, generator=rng)
     alphas_cumprod = cumulative_alphas(time_steps).to(images.device)
-    total = 0.0
+    errors = []
     for x, t_x, noise_x, y in zip(*(values.split(batch_size) for values in (images, t, noise, labels)), strict=True):
-        noise_x = noise_x.to(x.device)
+        t_x, noise_x = t_x.to(x.device), noise_x.to(x.device)
         x_t = forward_diffusion_sample(x / 127.5 - 1, t_x, noise_x, alphas_cumprod)
-        total += F.mse_loss(model(x_t, t_x, y), noise_x, reduction="sum").item()
-    return total / noise.numel()
-
-
-def plot_metrics(path, rows):
-    """Draw MSE and both Frechet distances, with their floors, against the epoch; rows: those of metrics.csv."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["mse"] for row in rows], "o-", color="#0072B2")
-    left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
-    for space, color in (("classifier", "#D55E00"), ("latent", "#0072B2")):
-        right.plot(epochs, [row[f"fid_{space}"] for row in rows], "o-", color=color, label=f"{space} features")
-        right.axhline(rows[-1][f"floor_{space}"], ls="--", color=color, label=f"{space} floor (training images)")
-    right.set(title=f"FID of {rows[-1]['n_samples']:,} digits", xlabel="epoch", yscale="log")
-    figure.legend(loc="outside lower right", ncols=4, fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        errors.append((model(x_t, t_x, y) - noise_x).square().mean(dim=(1, 2, 3)))
+    errors = torch.cat(errors).double().cpu()
+    return errors.mean().item(), [tenth.mean().item() for tenth in errors[t.argsort()].chunk(10)]
 
 
 # ---- evaluation ----
 def spread_labels(labels, n_samples):
     """Return n_samples labels, in order, in the proportions of the labels given."""
-    return labels.sort().values[torch.arange(n_samples) * len(labels) // n_samples]
+    return labels.sort().values[torch.arange(n_samples) * len(labels) // n_samples].cpu()
 
 
 def pick_images(images, labels, wanted):
@@ -188,40 +178,112 @@ def pick_images(images, labels, wanted):
     return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
 
 
-@torch.inference_mode()
-def evaluate(paths, args):
-    """Print and yield the row of metrics.csv, a dict, of each checkpoint. The newest one's latent space serves all."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
-    newest, checkpoint = load_checkpoint(paths[-1], args.device)
-    latent_epoch = checkpoint["epoch"]
-    refuse_contradictions(args, paths[-1], newest.config)
-    classifier = load_classifier(CLASSIFIER, args.device)
-    form = newest.config["image_size"], newest.config["channels"], args.device
-    test_images, test_labels = load_mnist(False, *form)
-    wanted = spread_labels(test_labels, args.n_samples)
+def fingerprint(*parts):
+    """Return a hash of bytes and plain values: what was made of equal ones need not be made again."""
+    return hashlib.sha256(b"".join(p if isinstance(p, bytes) else repr(p).encode() for p in parts)).hexdigest()[:16]
 
-    def features(images):
+
+def describe_real(path, classifier, test_set, train_set, batch_size):
+    """Return the test images' features (N, 128) and their distances (N,) to the nearest training image, in pixels.
+
+    They are kept in the file and made again when it is damaged, or is of another classifier or other data.
+    """
+    data = [values.cpu().numpy().tobytes() for values in (*test_set, *train_set)]
+    key = fingerprint(CLASSIFIER.read_bytes(), *data)
+    with contextlib.suppress(Exception), np.load(path) as file:  # damage shows in many ways; npz has check sums
+        if file["key"] == key:
+            return torch.from_numpy(file["features"]), torch.from_numpy(file["distances"])
+    features, _ = classify(classifier, test_set[0], batch_size)
+    distances = kth_nearest(*(to_mnist_form(images).flatten(1) for images, _ in (test_set, train_set)))[0].cpu()
+    with replacing(path) as file:
+        np.savez(file, key=key, features=features, distances=distances)
+    return features, distances
+
+
+def make_judge(latent_model, classifier, test_set, train_set, args):
+    """Return (judge, copies).
+
+    judge(images, labels) takes generated images (N, C, H, W) uint8 and the digits asked for (N,); it returns the values
+    of METRICS and the ten images closest to training images, followed by these. copies: their share in the test set.
+    """
+    size, labels = args.batch_size, test_set[1].cpu()
+    real, distances = describe_real(args.root / "datas/reference.npz", classifier, test_set, train_set, size)
+    thresholds = torch.stack([distances[labels == digit].quantile(0.01) for digit in range(10)])
+    latent = latent_features(latent_model, test_set[0], size)
+    train_pixels = to_mnist_form(train_set[0]).flatten(1)
+
+    def judge(images, labels):
         images = images.to(args.device)
-        of_classifier, digits = classify(classifier, images, args.batch_size)
-        return {"latent": latent_features(newest, images, args.batch_size), "classifier": of_classifier}, digits
+        features, digits = classify(classifier, images, size)
+        distances, nearest = kth_nearest(to_mnist_form(images).flatten(1), train_pixels)
+        closeness = distances.cpu() / thresholds[labels]  # below 1: a copy
+        closest = closeness.argsort()[:10].to(args.device)
+        values = [frechet_distance(latent_features(latent_model, images, size), latent),
+                  frechet_distance(features, real), coverage(features, real), coverage(real, features),
+                  share(digits == labels), share(closeness < 1)]
+        return values, torch.cat([images[closest], train_set[0][nearest[closest]]]).cpu()
 
-    real, _ = features(test_images)
-    floor, digits = features(pick_images(*load_mnist(True, *form), wanted))
-    floors = {f"floor_{space}": frechet_distance(floor[space], real[space]) for space in real}
-    print(f"{args.n_samples:,} digits; latent space of epoch {latent_epoch}; floor: as many training images\n"
-          " epoch       MSE  FID latent  FID classifier  accuracy\n"
-          f" floor           {floors['floor_latent']:12.4f}  {floors['floor_classifier']:14.4f}"
-          f"  {accuracy(digits, wanted):8.2%}")
+    return judge, share(distances < thresholds[labels])
+
+
+@torch.inference_mode()
+def evaluate(paths, latent_model, classifier, args):
+    """Yield the values of each checkpoint for COLUMNS, but for the last two; draw metrics_closest.png."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
+    form = latent_model.config["image_size"], latent_model.config["channels"], args.device
+    test_set, train_set = load_mnist(False, *form), load_mnist(True, *form)
+    labels = spread_labels(test_set[1], args.n_samples)
+    judge, copies = make_judge(latent_model, classifier, test_set, train_set, args)
+    real = judge(pick_images(*train_set, labels), labels)[0][:-1] + [copies]
     for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
-        if model.config != newest.config:
-            raise InputError(f"{path} is of {model.config}, but {paths[-1]} of {newest.config}")
-        fake, digits = features(sample(model, wanted, seed=args.seed))
-        row = dict(epoch=checkpoint["epoch"], mse=noise_mse(model, test_images, test_labels, args.batch_size),
-                   **{f"fid_{space}": frechet_distance(fake[space], real[space]) for space in real},
-                   accuracy=accuracy(digits, wanted), n_samples=args.n_samples, **floors, latent_epoch=latent_epoch)
-        print("{epoch:6}  {mse:8.5f}  {fid_latent:10.4f}  {fid_classifier:14.4f}  {accuracy:8.2%}".format(**row))
-        yield row
+        if model.config != latent_model.config:
+            raise InputError(f"{path} is of {model.config}, the newest checkpoint of {latent_model.config}")
+        mse, profile = noise_mse(model, *test_set, args.batch_size)
+        seeds = range(args.seed, args.seed + args.seeds)
+        judged, pairs = zip(*(judge(sample(model, labels, seed=seed), labels) for seed in seeds), strict=True)
+        save_grid(args.root / "datas/metrics_closest.png", pairs[0], 10)
+        judged = torch.tensor(judged, dtype=torch.float64)
+        std = judged.std(0) if args.seeds > 1 else judged[0] * math.nan
+        yield [checkpoint["epoch"], mse, *judged.mean(0).tolist(), *std.tolist(), *real, *profile,
+               args.n_samples, args.seeds, args.seed]
+
+
+# ---- output ----
+def plot_metrics(datas, rows, last):
+    """Draw metrics.png, MSE and FID of the rows that compare with the last, and metrics_profile.png, its MSE over t."""
+    rows = [row for row in rows if all(row[name] == last[name] for name in ("latent_epoch", "n_samples"))]
+    figure, profile = Figure(figsize=(9, 3.6), layout="constrained"), Figure(figsize=(6, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    left.plot(epochs, [row["mse"] for row in rows], "o-", color="#0072B2")
+    left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
+    for space, color in (("classifier", "#D55E00"), ("latent", "#0072B2")):
+        right.errorbar(epochs, [row[f"fid_{space}"] for row in rows], [row[f"fid_{space}_std"] for row in rows],
+                       fmt="o-", capsize=3, color=color, label=f"{space} features")
+        right.axhline(last[f"real_fid_{space}"], ls="--", color=color, label=f"{space} floor (training images)")
+    right.set(title=f"FID of {last['n_samples']:,} digits", xlabel="epoch", yscale="log")
+    figure.legend(loc="outside lower right", ncols=4, fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes = profile.subplots()
+    axes.bar([0.05 + i / 10 for i in range(10)], [last[f"mse_{i}"] for i in range(10)], width=0.09, color="#0072B2")
+    axes.set(title=f"MSE of the predicted noise, epoch {last['epoch']}", xlabel="t / T", yscale="log")
+    for name, picture in (("metrics.png", figure), ("metrics_profile.png", profile)):
+        with replacing(datas / name) as file:
+            picture.savefig(file, format="png", dpi=120)
+
+
+def print_row(row, first):
+    """Print a row of metrics.csv, above the first one the head of the table and what real digits get."""
+    if first:
+        print("{n_samples:,} digits; seeds: {seeds}; latent space: epoch {latent_epoch}\n epoch      mse  fid_latent"
+              "  fid_classifier  precision  recall  accuracy  copies".format(**row))
+    lines = ("real", "real_{}", first), (row["epoch"], "{}", True), ("+-", "{}_std", row["seeds"] > 1)
+    for name, column in [line[:2] for line in lines if line[2]]:
+        values = [row.get(column.format(metric), math.nan) for metric in ("mse", *METRICS)]
+        print("{:>6}{:9.5f}{:12.4f}{:16.4f}{:11.3f}{:8.3f}{:10.2%}{:8.2%}".format(name, *values).replace("nan", "  -"))
 
 
 # ---- command line ----
@@ -233,27 +295,53 @@ def make_classifier(args):
         torch.save(classifier.state_dict(), file)
     images, labels = load_mnist(False, device=args.device)
     _, digits = classify(classifier, images, args.batch_size)
-    print(f"{CLASSIFIER}: reads {accuracy(digits, labels):.2%} of the test images right")
+    print(f"{CLASSIFIER}: reads {share(digits == labels.cpu()):.2%} of the test images right")
+
+
+def read_rows(path):
+    """Return {epoch: row} of metrics.csv, empty if there is none. Raises InputError where it is damaged."""
+    with contextlib.suppress(ValueError, csv.Error):
+        header, *lines = csv.reader(path.read_text().splitlines()) if path.exists() else [COLUMNS]
+        rows = [[*(int(n) if n.isdigit() else float(n) for n in numbers), key] for *numbers, key in lines]
+        if header == COLUMNS:
+            return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows}
+    raise InputError(f"{path}: damaged, or of another version; move it away")
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
+    parser.add_argument("--every", type=whole_number(1), default=1, help="take every n-th of them, back from the last")
     parser.add_argument("--batch_size", type=whole_number(1), default=256, help="test images in a batch")
     parser.add_argument("--image_size", type=whole_number(4), help="refuse checkpoints of another size")
     parser.add_argument("--time_steps", type=whole_number(1), help="refuse checkpoints of another T")
-    parser.add_argument("--n_samples", type=whole_number(2000, 50_000), default=2000, help="digits to generate")
+    parser.add_argument("--n_samples", type=whole_number(2000, 50_000), default=10_000, help="digits to generate")
+    parser.add_argument("--seeds", type=whole_number(1, 100), default=1, help="times to generate them, from --seed on")
+    parser.add_argument("--again", action="store_true", help="also evaluate what is in metrics.csv already")
     parser.add_argument("--train_classifier", action="store_true", help="make checkpoints/classifier.pth anew, and end")
     args = parser.parse_args(argv)
     if args.train_classifier:
         return make_classifier(args)
-    make_folder(args.root / "datas")
-    rows = []
-    for row in evaluate(find_checkpoints(args.root, args.epochs, args.checkpoint_path), args):
-        rows.append(row)
-        write_csv(args.root / "datas/metrics.csv", rows)
-        plot_metrics(args.root / "datas/metrics.png", rows)
-    print(args.root / "datas/metrics.csv", args.root / "datas/metrics.png")
+    datas = args.root / "datas"
+    make_folder(datas)
+    paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)[::-args.every][::-1]
+    newest, checkpoint = load_checkpoint(paths[-1], args.device)
+    refuse_contradictions(args, paths[-1], newest.config)
+    classifier = load_classifier(CLASSIFIER, args.device)
+    settings = paths[-1].read_bytes(), CLASSIFIER.read_bytes(), args.n_samples, args.seeds, args.seed
+    keys = {path: fingerprint(path.read_bytes(), *settings) for path in paths}
+    rows = read_rows(datas / "metrics.csv")
+    known = {} if args.again else {row["key"]: row for row in rows.values()}
+    unknown = evaluate([path for path in paths if keys[path] not in known], newest, classifier, args)
+    for path, key in keys.items():
+        row = known.get(key)
+        if not row:
+            row = dict(zip(COLUMNS, [*next(unknown), checkpoint["epoch"], key], strict=True))
+            rows = dict(sorted((rows | {row["epoch"]: row}).items()))
+            write_csv(datas / "metrics.csv", list(rows.values()))
+            plot_metrics(datas, rows.values(), row)
+        print_row(row, first=path == paths[0])
+    print(*(datas / name for name in ("metrics.csv", "metrics.png", "metrics_profile.png", "metrics_closest.png")))
 
 
 if __name__ == "__main__":

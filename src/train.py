@@ -384,7 +384,7 @@ def main(argv=None):
         raise InputError(f"{earlier[0]} is of an earlier run: choose another --root, or replace it with --overwrite")
     print(f"training {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}, "
           f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
-    train(model, images, labels, args, [*earlier, *args.root.glob("datas/metrics.*")] if earlier else [])
+    train(model, images, labels, args, [*earlier, *args.root.glob("datas/metrics*")] if earlier else [])
     print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
 
 

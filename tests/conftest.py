@@ -33,16 +33,11 @@ def mnist():
 
 @pytest.fixture
 def small_mnist(monkeypatch):
-    """The first 256 training and 500 test images, for main() of train.py and test.py in this process."""
+    """Few images for main() in this process: 500 test images; train.py has 256 training images, test.py 3,000."""
     load = train.load_mnist
-
-    def load_some(part, *form, **keywords):
-        images, labels = load(part, *form, **keywords)
-        count = 256 if part else 500
-        return images[:count], labels[:count]
-
-    for module in (train, test):
-        monkeypatch.setattr(module, "load_mnist", load_some)
+    for module, count in ((train, 256), (test, 3000)):
+        monkeypatch.setattr(module, "load_mnist", lambda part, *form, count=count, **keywords: [
+            values[:count if part else 500] for values in load(part, *form, **keywords)])
 
 
 def write_checkpoint(path, model, epoch, **other):

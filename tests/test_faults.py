@@ -195,10 +195,10 @@ def test_generate_refuses_a_folder_that_it_cannot_write(small_model, tmp_path, c
 
 
 # ---- runs ----
-def test_checkpoints_of_different_models_in_one_root(small_model, tmp_path, capsys):
+def test_checkpoints_of_different_models_in_one_root(small_model, small_mnist, tmp_path, capsys):
     first = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", train.SimpleUnet(time_steps=200), 10)
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_20.pth", small_model, 20)
-    assert str(first) in error_of(test.main, ["--root", str(tmp_path)], capsys)
+    assert str(first) in error_of(test.main, ["--root", str(tmp_path), "--n_samples", "2000"], capsys)
 
 
 def test_a_run_that_fails_before_its_first_epoch_replaces_nothing(tmp_path, small_model, monkeypatch, capsys):

@@ -1,11 +1,12 @@
-"""test.py: the classifier, features, metrics, the table and the plot."""
+"""test.py: the classifier, features, metrics, the judge, the table and its pictures."""
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, call, read_csv
+from conftest import REPOSITORY, call, read_csv, write_checkpoint
 from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -25,7 +26,7 @@ def classifier():
 def test_classifier_is_good_and_small(classifier, mnist):
     images, labels = mnist[False]
     _, digits = test.classify(classifier, images, 500)
-    assert test.accuracy(digits, labels) >= 0.995
+    assert test.share(digits == labels) >= 0.995
     assert test.CLASSIFIER.stat().st_size < 1_000_000
 
 
@@ -35,7 +36,7 @@ def test_classifier_is_trained_as_its_seed_says(monkeypatch, mnist):
     assert all(p.equal(q) for p, q in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert not first.head.weight.equal(other.head.weight)
     _, digits = test.classify(first, mnist[True][0][:2000], 500)
-    assert test.accuracy(digits, mnist[True][1][:2000]) > 0.5
+    assert test.share(digits == mnist[True][1][:2000]) > 0.5
 
 
 def test_distortion_is_slight_and_different_for_each_image(mnist):
@@ -51,7 +52,7 @@ def test_other_forms_are_brought_to_the_classifiers(classifier, mnist):
     images, labels = train.load_mnist(False, image_size=32, channels=3)
     features, digits = test.classify(classifier, images[:1000], 256)
     assert features.shape == (1000, 128)
-    assert test.accuracy(digits, labels[:1000]) > 0.98
+    assert test.share(digits == labels[:1000]) > 0.98
 
 
 def test_features_do_not_depend_on_the_batch_size(classifier, small_model, mnist):
@@ -101,25 +102,173 @@ def test_distance_is_zero_only_for_equals_and_ignores_order():
     assert test.frechet_distance(a, b) > 0.01
 
 
-@pytest.mark.parametrize("space", ["classifier", "latent"])
-def test_distance_grows_with_damage(classifier, small_model, mnist, space):
-    images, labels = (values[:4000] for values in mnist[False])
-    half, rest = images[::2], images[1::2]
-    noise = torch.randn(rest.shape, generator=train.generator(CPU, 0))
-
-    def distance(other):
-        features = {"classifier": lambda x: test.classify(classifier, x, 500)[0],
-                    "latent": lambda x: test.latent_features(small_model, x, 500)}[space]
-        return test.frechet_distance(features(half), features(other))
-
-    floor = distance(rest)
-    noised = [distance((rest + level * noise).clamp(0, 255).byte()) for level in (20, 60)]
-    blurred = [distance(gaussian_blur(rest, 5, sigma)) for sigma in (0.7, 2.0)]
-    assert floor < noised[0] < noised[1] and floor < blurred[0] < blurred[1]
-    assert distance(rest[labels[1::2] == 7]) > 10 * floor
+# ---- precision and recall ----
+def slow_coverage(points, centres, k):
+    """Kynkaanniemi et al. 2019, eq. 1, word for word: the mean of f(phi, Phi) over the points phi."""
+    def f(phi):
+        for i, centre in enumerate(centres):
+            others = np.delete(centres, i, axis=0)
+            radius = np.sort(np.linalg.norm(others - centre, axis=1))[k - 1]
+            if np.linalg.norm(phi - centre) <= radius:
+                return 1
+        return 0
+    return np.mean([f(phi) for phi in points])
 
 
-# ---- other metrics ----
+@pytest.mark.parametrize("k", [1, 3])
+def test_coverage_agrees_with_the_papers_definition(k):
+    rng = np.random.default_rng(k)
+    centres, points = rng.normal(size=(60, 4)), rng.normal(0.5, 1.2, size=(90, 4))
+    result = test.coverage(torch.from_numpy(points), torch.from_numpy(centres), k)
+    assert 0.1 < result < 0.9
+    assert result == pytest.approx(slow_coverage(points, centres, k))
+
+
+def test_coverage_does_not_depend_on_the_parts_it_is_computed_in():
+    rng = train.generator(CPU, 0)
+    points, centres = torch.randn(1203, 4, generator=rng) + 1, torch.randn(700, 4, generator=rng)
+    parts = [test.coverage(part, centres) * len(part) for part in points.split(100)]
+    assert test.coverage(points, centres) == pytest.approx(sum(parts) / 1203)
+
+
+def test_nearest_is_the_nearest():
+    rng = np.random.default_rng(0)
+    points, others = rng.normal(size=(50, 6)), rng.normal(size=(700, 6))
+    distances, nearest = test.kth_nearest(torch.from_numpy(points), torch.from_numpy(others))
+    expected = np.linalg.norm(points[:, None] - others, axis=2)
+    assert (nearest.numpy() == expected.argmin(axis=1)).all()
+    np.testing.assert_allclose(distances, expected.min(axis=1))
+
+
+# ---- the judge ----
+# It holds 2,000 digits against 2,000 test images and 10,000 training images.
+
+@pytest.fixture(scope="module")
+def judge(classifier, mnist, tmp_path_factory):
+    torch.manual_seed(0)
+    model = train.SimpleUnet(widths=(8, 16)).eval().requires_grad_(False)
+    args = SimpleNamespace(root=tmp_path_factory.mktemp("judge"), device=CPU, batch_size=500)
+    (args.root / "datas").mkdir()
+    test_set, train_set = ([values[:count] for values in mnist[part]] for part, count in ((False, 2000), (True, 10000)))
+    judge, copies = test.make_judge(model, classifier, test_set, train_set, args)
+    return lambda images, labels: dict(zip(test.METRICS, judge(images, labels)[0], strict=True)), judge, copies
+
+
+@pytest.fixture(scope="module")
+def held_out(mnist):
+    """2,000 test images that the judge has not seen, and their labels."""
+    return [values[2000:4000] for values in mnist[False]]
+
+
+@pytest.fixture(scope="module")
+def real(judge, held_out):
+    """What these get."""
+    return judge[0](*held_out)
+
+
+def test_real_digits_are_good(real, judge):
+    assert real["precision"] > 0.75 and real["recall"] > 0.75 and real["accuracy"] > 0.98
+    assert real["copies"] < 0.03 and judge[2] == pytest.approx(0.01, abs=0.003)
+
+
+def noised(images, level):
+    noise = torch.randn(images.shape, generator=train.generator(CPU, 0))
+    return (images + level * noise).clamp(0, 255).byte()
+
+
+def blurred(images, sigma):
+    return gaussian_blur(images, 7, sigma)
+
+
+@pytest.mark.parametrize("damage, mild, severe", [(noised, 20, 70), (blurred, 0.8, 2.5)])
+def test_damage_shows_in_every_metric(damage, mild, severe, judge, held_out, real):
+    images, labels = held_out
+    mild, severe = (judge[0](damage(images, level), labels) for level in (mild, severe))
+    for metric in ("fid_classifier", "fid_latent"):
+        assert real[metric] < mild[metric] < severe[metric]
+    for metric in ("precision", "accuracy"):
+        assert real[metric] > severe[metric] and mild[metric] > severe[metric]
+
+
+def test_one_class_lacks_variety(judge, mnist, real):
+    images, labels = mnist[False]
+    sevens = judge[0](images[labels == 7], labels[labels == 7])
+    assert sevens["recall"] < 0.3 and min(sevens["precision"], sevens["accuracy"]) > 0.75
+    assert all(sevens[metric] > 10 * real[metric] for metric in ("fid_classifier", "fid_latent"))
+
+
+def test_training_images_pass_for_good_but_are_copies(judge, mnist, real):
+    copied = judge[0](*(values[5000:7000] for values in mnist[True]))
+    assert copied["copies"] == 1
+    assert copied["precision"] > 0.75 and copied["recall"] > 0.75 and copied["accuracy"] > 0.98
+    assert copied["fid_classifier"] < 4 * real["fid_classifier"]
+
+
+def test_slightly_changed_training_images_are_copies_too(judge, mnist):
+    assert judge[0](noised(mnist[True][0][:2000], 10), mnist[True][1][:2000])["copies"] > 0.9
+
+
+def test_accuracy_asks_for_the_right_digit(judge, held_out):
+    images, labels = held_out
+    assert judge[0](images, (labels + 1) % 10)["accuracy"] < 0.02
+
+
+def test_pairs_are_generated_digits_above_their_nearest_training_images(judge, held_out, mnist):
+    images = held_out[0].clone()
+    images[7], images[1234] = mnist[True][0][8765], mnist[True][0][3]
+    _, pairs = judge[1](images, held_out[1])
+    assert pairs.shape == (20, 1, 28, 28)
+    assert pairs[:2].equal(pairs[10:12]) and not pairs[2].equal(pairs[12])
+    assert {tuple(pair.flatten().tolist()) for pair in pairs[:2]} == {
+        tuple(mnist[True][0][i].flatten().tolist()) for i in (8765, 3)}
+
+
+# ---- what is kept of the test images ----
+@pytest.fixture
+def kept(classifier, mnist, tmp_path):
+    """(path, function that returns the features and distances kept there)"""
+    sets = [[values[:count] for values in mnist[part]] for part, count in ((False, 100), (True, 300))]
+    path = tmp_path / "reference.npz"
+    return path, lambda: test.describe_real(path, classifier, *sets, 50)
+
+
+def test_reference_is_made_once(kept, monkeypatch):
+    first = kept[1]()
+    monkeypatch.setattr(test, "classify", None)
+    assert all(a.equal(b) for a, b in zip(first, kept[1](), strict=True))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:-100], lambda content: b"x" * 1000,
+    lambda content: content[:30_000] + b"x" + content[30_001:],
+], ids=["empty", "truncated", "foreign", "one byte"])
+def test_damaged_reference_is_made_again(damage, kept):
+    path, describe = kept
+    first, content = describe(), path.read_bytes()
+    path.write_bytes(damage(content))
+    assert all(a.equal(b) for a, b in zip(first, describe(), strict=True))
+    assert path.read_bytes()[:1000] == content[:1000] and len(path.read_bytes()) == len(content)
+
+
+def test_reference_of_another_classifier_is_made_again(kept, monkeypatch, tmp_path):
+    path, describe = kept
+    describe()
+    stale = path.read_bytes()
+    monkeypatch.setattr(test, "CLASSIFIER", tmp_path / "classifier.pth")
+    (tmp_path / "classifier.pth").write_bytes(b"another")
+    describe()
+    assert path.read_bytes() != stale
+
+
+def test_reference_of_other_data_is_made_again(kept, classifier, mnist):
+    path, describe = kept
+    describe()
+    sets = [[values[:count] for values in mnist[part]] for part, count in ((False, 100), (True, 200))]
+    _, distances = test.describe_real(path, classifier, *sets, 50)
+    assert not distances.equal(describe()[1])
+
+
+# ---- MSE ----
 class KnownError(torch.nn.Module):
     """Knows the clean images, so its error is what it adds to the true noise."""
 
@@ -139,15 +288,31 @@ class KnownError(torch.nn.Module):
 @pytest.mark.parametrize("error", [0, 0.5])
 def test_mse_is_the_error_of_the_noise(mnist, error):
     images, labels = (values[:300] for values in mnist[False])
-    assert test.noise_mse(KnownError(images, error), images, labels, 128) == pytest.approx(error**2, abs=1e-6)
+    mse, profile = test.noise_mse(KnownError(images, error), images, labels, 128)
+    assert mse == pytest.approx(error**2, abs=1e-6)
+    assert profile == pytest.approx([error**2] * 10, abs=1e-6)
+
+
+class ErrorOfT(KnownError):
+    def forward(self, x_t, t, labels):
+        return super().forward(x_t, t, labels) + (t // 100).view(-1, 1, 1, 1)
+
+
+def test_profile_goes_from_the_first_t_to_the_last(mnist):
+    images, labels = (values[:500] for values in mnist[False])
+    mse, profile = test.noise_mse(ErrorOfT(images, 0), images, labels, 128)
+    assert profile == pytest.approx([i**2 for i in range(10)], abs=1e-4)
+    assert mse == pytest.approx(28.5)
 
 
 def test_mse_does_not_depend_on_the_batch_size(small_model, mnist):
     images, labels = (values[:300] for values in mnist[False])
-    first, second = (test.noise_mse(small_model, images, labels, size) for size in (7, 256))
-    assert first == pytest.approx(second, rel=1e-5)
+    (first, first_profile), (second, second_profile) = (
+        test.noise_mse(small_model, images, labels, size) for size in (7, 256))
+    assert first == pytest.approx(second, rel=1e-5) and first_profile == pytest.approx(second_profile, rel=1e-5)
 
 
+# ---- labels ----
 def test_labels_have_the_proportions_of_the_test_set(mnist):
     labels = mnist[False][1]
     assert test.spread_labels(labels, 10000).equal(labels.sort().values)
@@ -163,19 +328,156 @@ def test_picked_images_have_the_digits_asked_for(mnist):
     assert picked.equal(torch.stack(expected))
 
 
+# ---- the table ----
+@pytest.fixture
+def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
+    """(run, sampled, rows) for three checkpoints under tmp_path, at epochs 10, 20 and 30, and few images.
+
+    run(*flags) is 'python src/test.py' with a random classifier; its digits are training images, others for each seed.
+    sampled: (epoch, seed) of all sampling so far. rows() reads metrics.csv.
+    """
+    sampled = []
+
+    def sample(model, labels, seed):
+        sampled.append((round(model.conv_out.bias[0].item()), seed))
+        return mnist[True][0][torch.randperm(3000, generator=train.generator(CPU, seed))[:len(labels)]]
+
+    torch.manual_seed(0)
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 16))
+    classifier = SimpleNamespace(features=features, head=torch.nn.Linear(16, 10))
+    monkeypatch.setattr(test, "sample", sample)
+    monkeypatch.setattr(test, "load_classifier", lambda *_: classifier)
+    for epoch in (10, 20, 30):
+        small_model.conv_out.bias[:] = epoch  # by which the checkpoint is known
+        write_checkpoint(tmp_path / f"checkpoints/diffusion_epoch_{epoch}.pth", small_model, epoch)
+    flags = ["--root", str(tmp_path), "--n_samples", "2000", "--device", "cpu"]
+    return (lambda *more: test.main([*flags, *more])), sampled, lambda: read_csv(tmp_path / "datas/metrics.csv")
+
+
+def test_every_checkpoint_has_a_row(evaluation, tmp_path, capsys):
+    run, sampled, rows = evaluation
+    run()
+    assert sampled == [(10, 0), (20, 0), (30, 0)]
+    assert [row["epoch"] for row in rows()] == ["10", "20", "30"]
+    assert list(rows()[0]) == test.COLUMNS
+    assert {row["latent_epoch"] for row in rows()} == {"30"}
+    assert len(capsys.readouterr().out.splitlines()) == 7  # the head, its second line, real, three rows, paths
+    for name in ("metrics.png", "metrics_profile.png", "metrics_closest.png"):
+        with Image.open(tmp_path / "datas" / name) as picture:
+            picture.load()
+
+
+@pytest.mark.parametrize("flags, epochs", [
+    (["--every", "2"], [10, 30]), (["--every", "3"], [30]), (["--epochs", "25"], [10, 20])])
+def test_which_checkpoints_are_taken(evaluation, flags, epochs):
+    run, sampled, rows = evaluation
+    run(*flags)
+    assert [epoch for epoch, _ in sampled] == epochs
+    assert {row["latent_epoch"] for row in rows()} == {str(epochs[-1])}
+
+
+def test_what_is_known_is_not_evaluated_again_unless_asked(evaluation, capsys):
+    run, sampled, rows = evaluation
+    run()
+    first, table = rows(), capsys.readouterr().out
+    run()
+    assert len(sampled) == 3 and rows() == first and capsys.readouterr().out == table
+    run("--again")
+    assert len(sampled) == 6 and rows() == first
+
+
+def test_other_settings_replace_a_row(evaluation):
+    run, sampled, rows = evaluation
+    run()
+    run("--n_samples", "2100")
+    assert len(sampled) == 6 and [row["n_samples"] for row in rows()] == ["2100"] * 3
+
+
+def test_another_latent_space_and_another_checkpoint_replace_a_row(evaluation, tmp_path, small_model):
+    run, sampled, rows = evaluation
+    run("--epochs", "20")
+    small_model.conv_out.bias[:] = 11
+    write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
+    run("--epochs", "20")
+    assert sampled == [(10, 0), (20, 0), (11, 0)]
+    run()
+    assert sampled[3:] == [(11, 0), (20, 0), (30, 0)]
+    assert [(row["epoch"], row["latent_epoch"]) for row in rows()] == [("10", "30"), ("20", "30"), ("30", "30")]
+
+
+def test_one_checkpoint_leaves_the_other_rows_alone(evaluation, tmp_path):
+    run, sampled, rows = evaluation
+    run()
+    first = rows()
+    run("--checkpoint_path", str(tmp_path / "checkpoints/diffusion_epoch_20.pth"))
+    assert len(sampled) == 4 and rows()[::2] == first[::2]
+    assert rows()[1]["latent_epoch"] == "20"
+
+
+def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
+    run, sampled, rows = evaluation
+    sample = test.sample
+
+    def stop_at_20(model, labels, seed):
+        if model.conv_out.bias[0] == 20:
+            raise KeyboardInterrupt
+        return sample(model, labels, seed)
+
+    monkeypatch.setattr(test, "sample", stop_at_20)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [row["epoch"] for row in rows()] == ["10"]
+    monkeypatch.setattr(test, "sample", sample)
+    run()
+    assert sampled == [(10, 0), (20, 0), (30, 0)] and len(rows()) == 3
+
+
+def test_seeds_give_mean_and_standard_deviation(evaluation, tmp_path, capsys):
+    run, sampled, rows = evaluation
+    single = []
+    for seed in "567":
+        run("--epochs", "10", "--seed", seed)
+        single.append(float(rows()[0]["fid_classifier"]))
+        assert rows()[0]["fid_classifier_std"] == "nan"
+    capsys.readouterr()
+    run("--epochs", "10", "--seed", "5", "--seeds", "3")
+    assert sampled[3:] == [(10, 5), (10, 6), (10, 7)]
+    assert float(rows()[0]["fid_classifier"]) == pytest.approx(np.mean(single))
+    assert float(rows()[0]["fid_classifier_std"]) == pytest.approx(np.std(single, ddof=1))
+    assert " +- " in capsys.readouterr().out
+
+
+def test_damaged_table_is_left_alone(evaluation, tmp_path, capsys):
+    run, sampled, rows = evaluation
+    run("--epochs", "10")
+    path = tmp_path / "datas/metrics.csv"
+    content = path.read_bytes()
+    for damaged in (content[:-40], content[1:], content.replace(b",0.", b",o.", 1), content + b"\xff,", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(train.InputError, match="metrics.csv"):
+            run("--epochs", "10")
+        assert path.read_bytes() == damaged
+
+
 # ---- command line ----
 def test_test_as_a_user_runs_it(trained):
     folder, _ = trained
-    done = call(folder, "src/test.py", "--device", "cpu")
+    done = call(folder, "src/test.py", "--device", "cpu", "--n_samples", "2000")
     assert done.returncode == 0, done.stderr
     rows = read_csv(folder / "datas/metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert all(math.isfinite(float(row[name])) for row in rows for name in test.COLUMNS[:8])
     assert float(rows[1]["mse"]) < float(rows[0]["mse"]) < 1.1
-    assert all(float(row["fid_classifier"]) > float(row["floor_classifier"]) > 0 for row in rows)
-    assert "accuracy" in done.stdout and rows[0]["n_samples"] == "2000"
-    with Image.open(folder / "datas/metrics.png") as picture:
-        picture.load()
+    assert all(float(row["fid_classifier"]) > float(row["real_fid_classifier"]) > 0 for row in rows)
+
+
+def test_other_forms_are_evaluated(tmp_path, small_mnist):
+    path = write_checkpoint(tmp_path / "x.pth", train.SimpleUnet(3, 32, 100, (8, 16)), 7)
+    flags = "--n_samples 2000 --image_size 32 --channels 3 --time_steps 100 --device cpu".split()
+    test.main(["--root", str(tmp_path), "--checkpoint_path", str(path), *flags])
+    row, = read_csv(tmp_path / "datas/metrics.csv")
+    assert row["epoch"] == row["latent_epoch"] == "7"
+    assert float(row["real_accuracy"]) > 0.98 and float(row["accuracy"]) < 0.5
 
 
 def test_script_is_no_unit_test():
