@@ -2,8 +2,9 @@
 
     python src/generate.py                                a grid of 16 digits for every checkpoint
     python src/generate.py --labels 0-9 --n_samples 100   ten columns, one for each digit
+    python src/generate.py --out digits.npz               arrays; .gif: an animation; a folder: single pictures
 
-From top to bottom: the samplers, sampling in chunks, checkpoints, the grid, the command line.
+From top to bottom: the samplers, sampling in chunks, pictures and arrays, checkpoints, the command line.
 """
 import argparse
 import math
@@ -17,21 +18,25 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from train import (NULL_LABEL, REPOSITORY, InputError, SimpleUnet, cumulative_alphas, epoch_checkpoints, generator,
-                   has_bf16, make_folder, make_parser, replacing, run, whole_number)
+from train import (NULL_LABEL, REPOSITORY, InputError, SimpleUnet, bounded, cumulative_alphas, epoch_checkpoints,
+                   generator, has_bf16, make_folder, make_parser, replacing, run)
 
 CHUNK = 100  # images sampled together, always, so that image i depends on the seed and i alone
 
 
 # ---- samplers ----
 # One signature for all. eps(x_t, t) predicts the noise in x_t at the step t, an int; x_t is noise (B, C, H, W); levels
-# is [(t, a, a_next)], each step's t and alphas_cumprod before and after it; rng draws fresh noise; clip keeps predicted
-# images in [-1, 1]. They yield x_t after every step, the last one clean. Coefficients are floats, that is float64.
+# is [(t, a, a_next)], each step's t and alphas_cumprod before and after it; rng draws fresh noise, eta times as much as
+# DDPM's; clip keeps predicted images in [-1, 1]. They yield x_t after every step, the last one clean. Coefficients are
+# floats, that is float64.
 
-def noise_levels(time_steps, steps):
-    """Return [(t, a, a_next)] for evenly spaced t, from T - 1, where x_t is noise, to a_next = 1: no noise is left."""
+def noise_levels(time_steps, steps, power=1):
+    """Return [(t, a, a_next)] from t = T - 1, where x_t is noise, to a_next = 1: no noise is left.
+
+    The t are evenly spaced, or with a power over 1 closer together towards the clean image, and always distinct.
+    """
     alphas_cumprod = cumulative_alphas(time_steps).tolist()
-    t = [round(time_steps * (steps - i) / steps) - 1 for i in range(steps)]
+    t = [max(steps - i, round(time_steps * ((steps - i) / steps) ** power)) - 1 for i in range(steps)]
     a = [alphas_cumprod[i] for i in t]
     return list(zip(t, a, [*a[1:], 1.0], strict=True))
 
@@ -42,23 +47,28 @@ def predict_x_0(eps, x_t, t, a, clip):
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def draw_posterior(x_t, x_0, a, a_next, rng):
-    """Draw x_next from q(x_next | x_t, x_0) (DDPM, eq. 6 and 7; the step may skip some t)."""
-    beta = 1 - a / a_next
-    mean = (math.sqrt(a_next) * beta * x_0 + math.sqrt(1 - beta) * (1 - a_next) * x_t) / (1 - a)
-    variance = beta * (1 - a_next) / (1 - a)
-    return mean + math.sqrt(variance) * torch.randn(x_t.shape, generator=rng, device=x_t.device)
+def draw_next(x_t, x_0, a, a_next, rng, eta):
+    """Draw x_next from q(x_next | x_t, x_0) (DDIM, eq. 7 with the sigma of eq. 16; eta = 1: DDPM, eq. 6 and 7)."""
+    sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    noise = (x_t - math.sqrt(a) * x_0) / math.sqrt(1 - a)
+    mean = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next - sigma**2) * noise
+    return mean + sigma * torch.randn(x_t.shape, generator=rng, device=x_t.device)
 
 
-def ddpm(eps, x_t, levels, rng, clip=True):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2)."""
+def ddim(eps, x_t, levels, rng, clip=True, eta=0):
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12). eta = 0: an ODE's solver, without fresh noise."""
     for t, a, a_next in levels:
-        x_t = draw_posterior(x_t, predict_x_0(eps, x_t, t, a, clip), a, a_next, rng)
+        x_t = draw_next(x_t, predict_x_0(eps, x_t, t, a, clip), a, a_next, rng, eta)
         yield x_t
 
 
-def dpm(eps, x_t, levels, rng, clip=True):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022): ancestral sampling of second order.
+def ddpm(eps, x_t, levels, rng, clip=True):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), also in fewer steps than T: DDIM's stochastic end."""
+    return ddim(eps, x_t, levels, rng, clip, eta=1)
+
+
+def dpm(eps, x_t, levels, rng, clip=True, eta=1):
+    """DPM-Solver++(2M) (Lu et al. 2022): second order. eta = 1: its SDE variant; eta = 0: without fresh noise.
 
     The clean image is not taken as it is predicted at the step's start, but extrapolated from the last two predictions
     to the step's middle, linearly in lambda = log(alpha_t / sigma_t).
@@ -70,54 +80,71 @@ def dpm(eps, x_t, levels, rng, clip=True):
         if x_0_last is not None and a_next < 1:  # the last step is infinitely long in lambda: first order
             h = math.log(a_next / (1 - a_next)) / 2 - lambda_t
             target = x_0 + h / (2 * (lambda_t - lambda_last)) * (x_0 - x_0_last)
-        x_t = draw_posterior(x_t, target, a, a_next, rng)
+        x_t = draw_next(x_t, target, a, a_next, rng, eta)
         x_0_last, lambda_last = x_0, lambda_t
         yield x_t
 
 
-SAMPLERS = {"dpm": dpm, "ddpm": ddpm}
+SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
 
 
 # ---- sampling ----
-def noise_predictor(model, labels):
-    """Return the function eps(x_t, t) that samplers ask for: the model's prediction for the labels (B,)."""
+def noise_predictor(model, labels, guidance):
+    """Return the function eps(x_t, t) that samplers ask for: the model's prediction for the labels (B,).
+
+    guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022); at 1 only the labels are asked for.
+    """
+    asked = labels if guidance == 1 else torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+
     def eps(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
-            return model(x_t, torch.full_like(labels, t), labels).float()
+            predicted = model(x_t.repeat(len(asked) // len(x_t), 1, 1, 1), torch.full_like(asked, t), asked).float()
+        if guidance == 1:
+            return predicted
+        of_label, of_null = predicted.chunk(2)
+        return of_null + guidance * (of_label - of_null)
     return eps
 
 
 @torch.inference_mode()
-def sample(model, labels, sampler="dpm", steps=None, seed=0):
-    """Return images (N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL. steps: 12 for dpm, T for ddpm.
+def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
+    """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL: x_t at n_frames of the steps.
 
-    On one machine image i depends on the seed and on labels[i] alone. Raises InputError for more steps than T.
+    They are spread evenly, the last is the clean image. steps: 12 for dpm, 50 for ddim, T for ddpm. eta: the sampler's
+    own by default. On one machine image i depends on i, the seed, labels[i] and these settings alone.
+    Raises InputError for more steps than T, and for an eta that the sampler does not take.
     """
     device, config = next(model.parameters()).device, model.config
-    steps = steps or {"dpm": 12, "ddpm": config["time_steps"]}[sampler]
+    steps = steps or {"dpm": 12, "ddim": min(50, config["time_steps"]), "ddpm": config["time_steps"]}[sampler]
     if steps > config["time_steps"]:
         raise InputError(f"--steps: {steps} steps are more than the model's {config['time_steps']} time steps")
-    levels = noise_levels(config["time_steps"], steps)
-    chunks = labels.split(CHUNK)
-    images = []
+    if eta is not None and sampler == "ddpm":
+        raise InputError("--eta is for the samplers dpm and ddim: ddpm's is 1")
+    options = {} if eta is None else {"eta": eta}
+    levels = noise_levels(config["time_steps"], steps, 1.4 if sampler == "dpm" else 1)  # 1.4: by measurement
+    shown = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
+    chunks, images = labels.split(CHUNK), []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
-            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device))
+            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
             rng = generator(device, seed, 2, number)
             shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
-            noise = torch.randn(shape, generator=rng, device=device)
-            for x_t in SAMPLERS[sampler](eps, noise, levels, rng):
+            noise, frames = torch.randn(shape, generator=rng, device=device), []
+            for step, x_t in enumerate(SAMPLERS[sampler](eps, noise, levels, rng, **options), 1):
+                if step in shown:
+                    frames.append(((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255).byte().cpu())
                 bar.update()
-            images.append(((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255).byte().cpu())
-    return torch.cat(images)
+            images.append(torch.stack(frames))
+    return torch.cat(images, dim=1)
 
 
 def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None, save_dir="generated_samples",
-                     labels=None, sampler="dpm", steps=None, seed=0):
-    """Write a grid of digits to save_dir/generated_samples_{epoch}.png; return them, (n_samples, C, H, W) uint8.
+                     labels=None, seed=0, out=None, **settings):
+    """Write digits to out, by default the grid save_dir/generated_samples_{epoch}.png; return them, (N, C, H, W) uint8.
 
     With checkpoint_path the model, of the same config, first takes the weights of that file, and epoch comes from it.
-    labels: digits to cycle through, NULL_LABEL for any; by default drawn from the seed. steps: as in sample.
+    labels: digits to cycle through, NULL_LABEL for any; by default drawn from the seed.
+    settings: sampler, steps, guidance and eta, as in sample. The form of out: as in save.
     """
     if checkpoint_path:
         loaded, checkpoint = load_checkpoint(checkpoint_path)
@@ -125,21 +152,45 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None, save
             raise InputError(f"{checkpoint_path} is of {loaded.config}, the model of {model.config}")
         model.load_state_dict(checkpoint["model_state_dict"])
         epoch = checkpoint["epoch"]
+    out = Path(out or Path(save_dir) / f"generated_samples{'' if epoch is None else f'_{epoch}'}.png")
+    if out.suffix not in ("", ".png", ".npz", ".gif"):
+        raise InputError(f"--out {out}: must end in .png, .npz or .gif, or be a folder")
+    make_folder(out.parent if out.suffix else out)
+    if not out.suffix and any(out.iterdir()):
+        raise InputError(f"--out {out}: is not empty")
     cycle = np.random.default_rng(seed).integers(10, size=n_samples) if labels is None else np.resize(labels, n_samples)
-    images = sample(model, torch.from_numpy(cycle), sampler, steps, seed)
-    columns = len(labels) if labels and len(labels) > 1 else math.ceil(math.sqrt(n_samples))
-    name = "generated_samples.png" if epoch is None else f"generated_samples_{epoch}.png"
-    save_grid(Path(save_dir) / name, images, columns)
-    return images
+    frames = sample(model, torch.from_numpy(cycle), seed=seed, n_frames=24 if out.suffix == ".gif" else 1, **settings)
+    save(out, frames, cycle, len(labels) if labels and len(labels) > 1 else math.ceil(math.sqrt(n_samples)))
+    return frames[-1]
 
 
-def save_grid(path, images, columns):
-    """Write images (N, C, H, W) uint8 row by row as one PNG; small grids are enlarged, each pixel to a square."""
-    grid = make_grid(images, columns, padding=1)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    picture = ImageOps.scale(picture, max(1, 800 // max(picture.size)), Image.Resampling.NEAREST)
+# ---- pictures and arrays ----
+def draw_grid(images, columns):
+    """Return images (N, C, H, W) uint8 row by row as one picture; small ones are enlarged, each pixel to a square."""
+    grid = Image.fromarray(make_grid(images, columns, padding=1).permute(1, 2, 0).numpy())
+    return ImageOps.scale(grid, max(1, 800 // max(grid.size)), Image.Resampling.NEAREST)
+
+
+def save(path, frames, labels, columns):
+    """Write images (F, N, C, H, W) uint8, the last frame clean, of labels (N,), in the form that path's suffix names.
+
+    .png: the grid; .gif: its animation; .npz: arr_0, the images (N, H, W, C) uint8, and arr_1, the labels (N,) int64;
+    none: a folder of single PNGs, named by index.
+    """
+    images = frames[-1].permute(0, 2, 3, 1).numpy()
+    if not path.suffix:
+        for number, image in enumerate(images):
+            Image.fromarray(image.squeeze()).save(path / f"{number:05}.png")
+        return
     with replacing(path) as file:
-        picture.save(file, format="png")
+        if path.suffix == ".npz":
+            np.savez_compressed(file, images, labels)
+        elif path.suffix == ".png":
+            draw_grid(frames[-1], columns).save(file, format="png")
+        else:
+            first, *others = [draw_grid(frame, columns).quantize(16) for frame in frames]
+            first.save(file, format="gif", save_all=True, append_images=others, loop=0,
+                       duration=[120] * len(others) + [3000])  # ms
 
 
 # ---- checkpoints ----
@@ -199,28 +250,34 @@ def parse_labels(text):
 
 def add_checkpoint_flags(parser):
     """Add the flags that say which checkpoints to read."""
-    parser.add_argument("--epochs", type=whole_number(1), default=1000, help="take the checkpoints up to this epoch")
+    parser.add_argument("--epochs", type=bounded(int, 1), default=1000, help="take the checkpoints up to this epoch")
     parser.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
-    parser.add_argument("--channels", type=whole_number(1), help="refuse checkpoints of other channels")
+    parser.add_argument("--channels", type=bounded(int, 1), help="refuse checkpoints of other channels")
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument("--n_samples", type=whole_number(1, 100_000), default=16, help="digits in a grid")
+    parser.add_argument("--n_samples", type=bounded(int, 1, 100_000), default=16, help="digits to generate")
     parser.add_argument("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; "
                         "none: leave them to the model (default: drawn from the seed)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="ddpm: the original one, slow; dpm: fast")
-    parser.add_argument("--steps", type=whole_number(1), help="sampler steps (default: 12 for dpm, T for ddpm)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="dpm is the fast one, ddpm the original")
+    parser.add_argument("--steps", type=bounded(int, 1), help="sampler steps (default: dpm 12, ddim 50, ddpm T)")
+    parser.add_argument("--eta", type=bounded(float, 0, 1), help="fresh noise, 0 to 1 (default: dpm 1, ddim 0)")
+    parser.add_argument("--guidance", type=bounded(float, 0, 100), default=1, help="pull towards the label; 1 is off")
+    parser.add_argument("--out", type=Path, help="write one checkpoint's digits here: .png grid, .gif its animation, "
+                        ".npz arrays, or a folder (default: a grid in generated_samples)")
     args = parser.parse_args(argv)
-    save_dir = args.root / "generated_samples"
-    make_folder(save_dir)
-    for path in find_checkpoints(args.root, args.epochs, args.checkpoint_path):
+    paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
+    if args.out and len(paths) > 1:
+        raise InputError(f"--out takes one checkpoint, not {len(paths)}: name it with --checkpoint_path")
+    for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, path, model.config)
-        generate_samples(model, checkpoint["epoch"], args.n_samples, None, save_dir, args.labels, args.sampler,
-                         args.steps, args.seed)
-        print(save_dir / f"generated_samples_{checkpoint['epoch']}.png")
+        out = args.out or args.root / f"generated_samples/generated_samples_{checkpoint['epoch']}.png"
+        generate_samples(model, n_samples=args.n_samples, labels=args.labels, seed=args.seed, out=out,
+                         sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)
+        print(out)
 
 
 if __name__ == "__main__":

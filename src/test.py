@@ -19,9 +19,9 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from generate import add_checkpoint_flags, find_checkpoints, load_checkpoint, refuse_contradictions, sample, save_grid
-from train import (NULL_LABEL, REPOSITORY, InputError, cumulative_alphas, forward_diffusion_sample, generator, has_bf16,
-                   load_mnist, make_folder, make_parser, replacing, run, whole_number, write_csv)
+from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint, refuse_contradictions, sample
+from train import (NULL_LABEL, REPOSITORY, InputError, bounded, cumulative_alphas, forward_diffusion_sample, generator,
+                   has_bf16, load_mnist, make_folder, make_parser, replacing, run, write_csv)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
 METRICS = ["fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]  # of generated digits
@@ -241,8 +241,9 @@ def evaluate(paths, latent_model, classifier, args):
             raise InputError(f"{path} is of {model.config}, the newest checkpoint of {latent_model.config}")
         mse, profile = noise_mse(model, *test_set, args.batch_size)
         seeds = range(args.seed, args.seed + args.seeds)
-        judged, pairs = zip(*(judge(sample(model, labels, seed=seed), labels) for seed in seeds), strict=True)
-        save_grid(args.root / "datas/metrics_closest.png", pairs[0], 10)
+        judged, pairs = zip(*(judge(sample(model, labels, seed=seed)[-1], labels) for seed in seeds), strict=True)
+        with replacing(args.root / "datas/metrics_closest.png") as file:
+            draw_grid(pairs[0], 10).save(file, format="png")
         judged = torch.tensor(judged, dtype=torch.float64)
         std = judged.std(0) if args.seeds > 1 else judged[0] * math.nan
         yield [checkpoint["epoch"], mse, *judged.mean(0).tolist(), *std.tolist(), *real, *profile,
@@ -311,12 +312,12 @@ def read_rows(path):
 def main(argv=None):
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument("--every", type=whole_number(1), default=1, help="take every n-th of them, back from the last")
-    parser.add_argument("--batch_size", type=whole_number(1), default=256, help="test images in a batch")
-    parser.add_argument("--image_size", type=whole_number(4), help="refuse checkpoints of another size")
-    parser.add_argument("--time_steps", type=whole_number(1), help="refuse checkpoints of another T")
-    parser.add_argument("--n_samples", type=whole_number(2000, 50_000), default=10_000, help="digits to generate")
-    parser.add_argument("--seeds", type=whole_number(1, 100), default=1, help="times to generate them, from --seed on")
+    parser.add_argument("--every", type=bounded(int, 1), default=1, help="take every n-th of them, back from the last")
+    parser.add_argument("--batch_size", type=bounded(int, 1), default=256, help="test images in a batch")
+    parser.add_argument("--image_size", type=bounded(int, 4), help="refuse checkpoints of another size")
+    parser.add_argument("--time_steps", type=bounded(int, 1), help="refuse checkpoints of another T")
+    parser.add_argument("--n_samples", type=bounded(int, 2000, 50_000), default=10_000, help="digits to generate")
+    parser.add_argument("--seeds", type=bounded(int, 1, 100), default=1, help="times to generate them, from --seed on")
     parser.add_argument("--again", action="store_true", help="also evaluate what is in metrics.csv already")
     parser.add_argument("--train_classifier", action="store_true", help="make checkpoints/classifier.pth anew, and end")
     args = parser.parse_args(argv)

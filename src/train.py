@@ -185,7 +185,7 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f"cannot write to the folder {path} ({error.strerror}): choose another --root") from error
+        raise InputError(f"cannot write to the folder {path} ({error.strerror}): choose another") from error
 
 
 @contextlib.contextmanager
@@ -268,9 +268,8 @@ def train_one_epoch(model, ema, optimizers, images, labels, epoch, args, bar):
     order = torch.randperm(len(images), generator=generator(device, args.seed, 0, epoch), device=device)
     steps = len(images) // size
     total_loss = torch.zeros((), device=device)  # stays there: reading it would make a GPU wait
-    for i in range(steps):
+    for i, batch in enumerate(order.split(size)[:steps]):
         step = epoch * steps + i
-        batch = order[i * size:(i + 1) * size]
         rng = generator(device, args.seed, 1, step)
         model.zero_grad(set_to_none=False)  # Muon sees these gradients' memory
         loss = training_loss(model, images[batch] / 127.5 - 1, labels[batch], alphas_cumprod, rng)
@@ -329,12 +328,13 @@ def plot_losses(path, log):
 
 
 # ---- command line ----
-def whole_number(minimum, maximum=10**9):
-    """Return an argparse type: integers from minimum to maximum."""
+def bounded(kind, minimum, maximum=10**9):
+    """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
     def parse(text):
-        if not re.fullmatch(r"-?\d+", text) or not minimum <= int(text) <= maximum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum}, not {text!r}")
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if minimum <= kind(text) <= maximum:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {minimum} to {maximum}, not {text!r}")
     return parse
 
 
@@ -360,18 +360,18 @@ def make_parser(description):
     parser.add_argument("--root", type=Path, default=".", help="folder of checkpoints, generated_samples and datas")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random numbers")
+    parser.add_argument("--seed", type=bounded(int, 0), default=0, help="of the random numbers")
     return parser
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--n_epochs", type=whole_number(1), default=1000, help="passes over the training images")
-    parser.add_argument("--batch_size", type=whole_number(1, 60_000), default=256, help="images in a step")
-    parser.add_argument("--image_size", type=whole_number(4, 256), default=28, help="pixels a side, a multiple of 4")
+    parser.add_argument("--n_epochs", type=bounded(int, 1), default=1000, help="passes over the training images")
+    parser.add_argument("--batch_size", type=bounded(int, 1, 60_000), default=256, help="images in a step")
+    parser.add_argument("--image_size", type=bounded(int, 4, 256), default=28, help="pixels a side, a multiple of 4")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=1, help="1: grey; 3: RGB, all the same")
-    parser.add_argument("--time_steps", type=whole_number(MIN_TIME_STEPS, 10_000), default=1000, help="diffusion steps")
-    parser.add_argument("--save_every", type=whole_number(1), default=10, help="epochs between checkpoints")
+    parser.add_argument("--time_steps", type=bounded(int, MIN_TIME_STEPS, 10_000), default=1000, help="diffusion steps")
+    parser.add_argument("--save_every", type=bounded(int, 1), default=10, help="epochs between checkpoints")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --root holds")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)

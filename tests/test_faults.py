@@ -33,6 +33,10 @@ import train
     (generate.main, "--labels 9-0", "--labels"),
     (generate.main, "--labels ", "--labels"),
     (generate.main, "--sampler euler", "--sampler"),
+    (generate.main, "--eta 1.1", "--eta"),
+    (generate.main, "--eta nan", "--eta"),
+    (generate.main, "--guidance -1", "--guidance"),
+    (generate.main, "--guidance strong", "--guidance"),
     (generate.main, "--device cuda:99", "cuda:99"),
     (test.main, "--n_samples 1999", "from 2000"),
     (test.main, "--n_samples 50001", "to 50000"),
@@ -61,9 +65,12 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
     assert str(small_model.config[name[2:]]) in message
 
 
-def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
+@pytest.mark.parametrize("flags, named", [
+    ("--steps 1001", "1000"), ("--sampler ddpm --eta 0.5", "--eta"), ("--out digits.jpg", "--out"),
+    ("--out /dev/null/digits.npz", "/dev/null")])
+def test_settings_that_do_not_go_together(flags, named, small_model, tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
-    assert "1000" in error_of(generate.main, ["--root", str(tmp_path), "--steps", "1001"], capsys)
+    assert named in error_of(generate.main, ["--root", str(tmp_path), *flags.split()], capsys)
 
 
 # ---- checkpoints ----

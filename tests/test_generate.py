@@ -1,33 +1,44 @@
-"""generate.py: samplers against references and mathematics, sampling, checkpoints, the grid, the command line."""
+"""generate.py: samplers against references and mathematics, sampling, output, checkpoints, the command line."""
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import call, write_checkpoint
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 import generate
+import test
 import train
 
 CPU = torch.device("cpu")
 
 
 # ---- samplers ----
+@pytest.mark.parametrize("power", [1, 1.4, 3])
 @pytest.mark.parametrize("time_steps", [21, 100, 1000, 4000])
-@pytest.mark.parametrize("steps", [1, 2, 12, 13, 21])
-def test_steps_lead_from_noise_to_the_clean_image(time_steps, steps):
-    levels = generate.noise_levels(time_steps, steps)
-    t = [level[0] for level in levels]
-    assert len(levels) == steps and t[0] == time_steps - 1 and t[-1] >= 0
-    assert all(early > late for early, late in zip(t, t[1:], strict=False))
-    assert [level[2] for level in levels] == [level[1] for level in levels[1:]] + [1.0]
-    assert [level[1] for level in levels] == train.cumulative_alphas(time_steps)[t].tolist()
+def test_steps_lead_from_noise_to_the_clean_image(time_steps, power):
+    alphas_cumprod = train.cumulative_alphas(time_steps)
+    for steps in {1, 2, 12, 13, 20, 21, time_steps // 2, time_steps - 1, time_steps}:
+        levels = generate.noise_levels(time_steps, steps, power)
+        t = [level[0] for level in levels]
+        assert len(levels) == steps and t[0] == time_steps - 1 and t[-1] >= 0
+        assert all(early > late for early, late in zip(t, t[1:], strict=False))
+        assert [level[2] for level in levels] == [level[1] for level in levels[1:]] + [1.0]
+        assert [level[1] for level in levels] == alphas_cumprod[t].tolist()
 
 
-def test_all_steps_are_every_t():
-    assert [t for t, _, _ in generate.noise_levels(100, 100)] == list(range(99, -1, -1))
+def test_steps_are_even_or_closer_together_towards_the_clean_image():
+    assert [t for t, _, _ in generate.noise_levels(1000, 5)] == [999, 799, 599, 399, 199]
+    t = [t for t, _, _ in generate.noise_levels(1000, 10, 1.4)] + [-1]
+    gaps = [early - late for early, late in zip(t, t[1:], strict=False)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 2 * gaps[-1]
+
+
+@pytest.mark.parametrize("power", [1, 1.4])
+def test_all_steps_are_every_t(power):
+    assert [t for t, _, _ in generate.noise_levels(100, 100, power)] == list(range(99, -1, -1))
 
 
 def smooth_eps(x_t, t):
@@ -35,44 +46,77 @@ def smooth_eps(x_t, t):
     return torch.tanh(x_t) * (0.5 + t / 2000) + 0.1 * math.sin(t)
 
 
-REFERENCES = {
-    "ddpm": lambda clip: DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, variance_type="fixed_small",
-                                       clip_sample=clip, timestep_spacing="trailing"),
-    "dpm": lambda clip: DPMSolverMultistepScheduler(1000, beta_start=1e-4, beta_end=0.02, solver_order=2,
-                                                    algorithm_type="sde-dpmsolver++", final_sigmas_type="zero",
-                                                    timestep_spacing="trailing"),
-}
+BETAS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
 
 
-@pytest.mark.parametrize("sampler, clip, steps", [("ddpm", False, 1000), ("ddpm", True, 1000), ("ddpm", True, 50),
-                                                  ("dpm", False, 12), ("dpm", False, 50)])
-def test_sampler_agrees_with_diffusers_step_by_step(sampler, clip, steps):
-    reference = REFERENCES[sampler](clip)
+def reference_scheduler(sampler, clip, eta):
+    """Return diffusers' scheduler and the extra arguments of its step()."""
+    if sampler == "ddpm":
+        return DDPMScheduler(**BETAS, variance_type="fixed_small", clip_sample=clip), {}
+    if sampler == "ddim":
+        return DDIMScheduler(**BETAS, clip_sample=clip), dict(eta=eta, use_clipped_model_output=True)
+    solver = "sde-dpmsolver++" if eta else "dpmsolver++"  # its thresholding up to 1 is clipping
+    return DPMSolverMultistepScheduler(**BETAS, solver_order=2, algorithm_type=solver, final_sigmas_type="zero",
+                                       thresholding=clip, sample_max_value=1.0), {}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("sampler, eta, steps", [
+    ("ddpm", 1, 1000), ("ddpm", 1, 50), ("ddim", 0, 50), ("ddim", 1, 50), ("ddim", 0.5, 1000), ("ddim", 0, 8),
+    ("dpm", 1, 12), ("dpm", 1, 50), ("dpm", 0, 12), ("dpm", 0, 50)])
+def test_sampler_agrees_with_diffusers_step_by_step(sampler, eta, steps, clip):
+    reference, more = reference_scheduler(sampler, clip, eta)
     reference.set_timesteps(steps)
     levels = generate.noise_levels(1000, steps)
     assert [t for t, _, _ in levels] == reference.timesteps.tolist()
     theirs = noise = torch.randn(2, 1, 8, 8, generator=train.generator(CPU, 0))
     our_rng, their_rng = train.generator(CPU, 1), train.generator(CPU, 1)
-    for ours, t in zip(generate.SAMPLERS[sampler](smooth_eps, noise, levels, our_rng, clip), reference.timesteps,
-                       strict=True):
-        theirs = reference.step(smooth_eps(theirs, t.item()), t, theirs, generator=their_rng).prev_sample
+    options = {} if sampler == "ddpm" else {"eta": eta}
+    for ours, t in zip(generate.SAMPLERS[sampler](smooth_eps, noise, levels, our_rng, clip, **options),
+                       reference.timesteps, strict=True):
+        eps = smooth_eps(theirs, t.item())
+        theirs = reference.step(eps, t, theirs, generator=their_rng, **more).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("dpm", 100)])
-def test_sampler_recovers_a_gaussian(sampler, steps):
-    """For data N(mean, std^2) the best eps is known: sigma_t (x_t - alpha_t mean) / (alpha_t^2 std^2 + sigma_t^2)."""
-    mean, std, alphas_cumprod = 0.3, 0.2, train.cumulative_alphas(1000).tolist()
+MEAN, STD = 0.3, 0.2
 
-    def eps(x_t, t):
-        a = alphas_cumprod[t]
-        return math.sqrt(1 - a) * (x_t - math.sqrt(a) * mean) / (a * std**2 + 1 - a)
 
-    rng = train.generator(CPU, 0)
+def gaussian_eps(x_t, a):
+    """The best eps for data N(MEAN, STD^2): sigma_t (x_t - alpha_t MEAN) / (alpha_t^2 STD^2 + sigma_t^2)."""
+    return math.sqrt(1 - a) * (x_t - math.sqrt(a) * MEAN) / (a * STD**2 + 1 - a)
+
+
+@pytest.mark.parametrize("sampler, steps, eta", [("ddpm", 1000, None), ("ddim", 1000, 1), ("ddim", 1000, 0),
+                                                 ("dpm", 100, 1), ("dpm", 1000, 0)])
+def test_sampler_recovers_a_gaussian(sampler, steps, eta):
+    alphas_cumprod, rng = train.cumulative_alphas(1000).tolist(), train.generator(CPU, 0)
     noise = torch.randn(1, 1, 200, 200, generator=rng)
-    *_, x = generate.SAMPLERS[sampler](eps, noise, generate.noise_levels(1000, steps), rng, clip=False)
-    assert x.mean().item() == pytest.approx(mean, abs=0.01)
-    assert x.std().item() == pytest.approx(std, rel=0.03)
+    *_, x = generate.SAMPLERS[sampler](lambda x_t, t: gaussian_eps(x_t, alphas_cumprod[t]), noise,
+                                       generate.noise_levels(1000, steps), rng, clip=False,
+                                       **({} if eta is None else {"eta": eta}))
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert x.std().item() == pytest.approx(STD, rel=0.03)
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2)])
+def test_error_of_deterministic_solver_falls_with_its_order(sampler, order):
+    """Along the exact flow a Gaussian's (x_t - alpha_t MEAN) / sqrt(alpha_t^2 STD^2 + sigma_t^2) stays as it is."""
+    def scale(a):
+        return math.sqrt(a * STD**2 + 1 - a)
+
+    first, last = 0.01, 0.9
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact = math.sqrt(last) * MEAN + (x - math.sqrt(first) * MEAN) / scale(first) * scale(last)
+    errors = []
+    for steps in (20, 40, 80):
+        lambdas = torch.linspace(math.log(first / (1 - first)), math.log(last / (1 - last)), steps + 1).double()
+        a = lambdas.sigmoid().tolist()
+        levels = list(zip(a, a, a[1:], strict=False))  # here t is a
+        *_, result = generate.SAMPLERS[sampler](gaussian_eps, x, levels, train.generator(CPU, 0), clip=False, eta=0)
+        errors.append((result - exact).abs().max().item())
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize("sampler", generate.SAMPLERS)
@@ -83,20 +127,61 @@ def test_clipping_keeps_images_in_range(sampler):
 
 
 # ---- sampling ----
+def clean(*settings, **more):
+    return generate.sample(*settings, **more)[-1]
+
+
 @pytest.mark.parametrize("sampler", generate.SAMPLERS)
 def test_an_image_depends_on_seed_and_index_alone(small_model, sampler):
     labels = torch.arange(130) % 10
-    many, few = (generate.sample(small_model, labels[:n], sampler, steps=5).int() for n in (130, 3))
+    many, few = (clean(small_model, labels[:n], sampler, steps=5).int() for n in (130, 3))
     assert many.shape == (130, 1, 28, 28) and many[:3].equal(few)
-    others = generate.sample(small_model, labels[:3], sampler, steps=5, seed=1).int()
+    others = clean(small_model, labels[:3], sampler, steps=5, seed=1).int()
     assert (others - few).abs().float().mean() > 10
     assert (many[100:103] - few).abs().float().mean() > 10
 
 
+def test_fresh_noise_is_eta_times_as_much(small_model):
+    labels = torch.zeros(20, dtype=torch.int64)
+    images = {eta: clean(small_model, labels, "ddim", 20, eta=eta) for eta in (None, 0, 0.5, 1)}
+    assert images[None].equal(images[0]) and not images[0.5].equal(images[0])
+    assert images[1].equal(clean(small_model, labels, "ddpm", 20))
+    assert clean(small_model, labels).equal(clean(small_model, labels, "dpm", 12, eta=1))
+
+
+def test_eta_is_refused_where_there_is_none(small_model):
+    with pytest.raises(train.InputError, match="--eta"):
+        generate.sample(small_model, torch.tensor([1]), "ddpm", eta=1)
+
+
+def test_guidance_weighs_label_against_null_in_one_evaluation(small_model):
+    labels, x_t = torch.tensor([3, 7]), torch.randn(2, 1, 28, 28, generator=train.generator(CPU, 0))
+    batches = []
+    model = lambda x, t, y: batches.append(len(x)) or small_model(x, t, y)  # noqa: E731
+    eps = {s: generate.noise_predictor(model, labels, s)(x_t, 500) for s in (0, 1, 3)}
+    nameless = generate.noise_predictor(small_model, torch.full((2,), train.NULL_LABEL), 1)(x_t, 500)
+    torch.testing.assert_close(eps[0], nameless, rtol=0.02, atol=0.02)  # bfloat16 where the CPU has it
+    torch.testing.assert_close(eps[3], eps[0] + 3 * (eps[1] - eps[0]), rtol=0.1, atol=0.1)
+    assert batches == [4, 2, 4]
+
+
+def test_frames_end_with_the_clean_images(small_model):
+    labels = torch.arange(103) % 10
+    frames = generate.sample(small_model, labels, steps=6, n_frames=3)
+    assert frames.shape == (3, 103, 1, 28, 28)
+    assert frames[-1].equal(clean(small_model, labels, steps=6))
+    assert len(generate.sample(small_model, labels[:1], steps=6, n_frames=24)) == 6
+
+
+def test_ddim_takes_all_steps_of_a_short_schedule():
+    model = train.SimpleUnet(time_steps=30, widths=(8, 16)).eval()
+    assert clean(model, torch.tensor([1]), "ddim").equal(clean(model, torch.tensor([1]), "ddim", steps=30))
+
+
 def test_drawn_labels_depend_on_seed_and_index_alone(small_model, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(generate, "sample", lambda model, labels, *_: drawn.append(labels.tolist()) or
-                        torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8))
+    monkeypatch.setattr(generate, "sample", lambda model, labels, **_: drawn.append(labels.tolist()) or
+                        torch.zeros(1, len(labels), 1, 28, 28, dtype=torch.uint8))
     for n_samples, seed in ((16, 0), (1000, 0), (16, 1)):
         generate.generate_samples(small_model, n_samples=n_samples, save_dir=tmp_path, seed=seed)
     assert drawn[0] == drawn[1][:16] != drawn[2]
@@ -108,25 +193,73 @@ def test_more_steps_than_t_are_refused(small_model):
         generate.sample(small_model, torch.tensor([1]), steps=1001)
 
 
-# ---- grid ----
+# ---- forms of output ----
 def read(path):
     with Image.open(path) as picture:
         return np.asarray(picture.convert("L"))
 
 
-def test_grid_has_fixed_grey_limits(tmp_path):
-    generate.save_grid(tmp_path / "grid.png", torch.full((4, 1, 28, 28), 100, dtype=torch.uint8), 2)
-    assert set(np.unique(read(tmp_path / "grid.png"))) == {0, 100}
+def test_grid_has_fixed_grey_limits():
+    grid = generate.draw_grid(torch.full((4, 1, 28, 28), 100, dtype=torch.uint8), 2)
+    assert set(np.unique(grid)) == {0, 100}
 
 
-def test_grid_shows_every_image_in_order(tmp_path):
+def test_grid_shows_every_image_in_order():
     images = (torch.arange(7, dtype=torch.uint8) * 30 + 20)[:, None, None, None].expand(7, 3, 28, 28)
-    generate.save_grid(tmp_path / "grid.png", images, 3)
-    pixels = read(tmp_path / "grid.png")
+    pixels = np.asarray(generate.draw_grid(images, 3).convert("L"))
     scale = pixels.shape[1] // 88  # 3 images and 4 borders
     assert pixels.shape == (88 * scale, 88 * scale)
     centres = pixels[15 * scale::29 * scale, 15 * scale::29 * scale]
     assert centres.flatten().tolist() == [20, 50, 80, 110, 140, 170, 200, 0, 0]
+
+
+@pytest.fixture(params=[1, 3], ids=["grey", "RGB"])
+def made(request, tmp_path):
+    """(function that writes to tmp_path / name, the 13 images that it writes)"""
+    torch.manual_seed(0)
+    model = train.SimpleUnet(request.param, widths=(8, 16)).eval()
+
+    def make(name):
+        return generate.generate_samples(model, n_samples=13, labels=[3, 1, 4], steps=4, out=tmp_path / name)
+    return make, make("other.png")
+
+
+def test_npz_holds_images_and_labels(made, tmp_path):
+    make, images = made
+    make("digits.npz")
+    with np.load(tmp_path / "digits.npz") as file:
+        assert sorted(file) == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8 and (file["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
+        assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == [3, 1, 4] * 4 + [3]
+
+
+def test_folder_holds_one_picture_for_each_image(made, tmp_path):
+    make, images = made
+    make("new/digits")
+    names = [f"{i:05}.png" for i in range(13)]
+    assert sorted(path.name for path in (tmp_path / "new/digits").iterdir()) == names
+    for name, image in zip(names, images, strict=True):
+        with Image.open(tmp_path / "new/digits" / name) as picture:
+            assert (np.asarray(picture) == image.permute(1, 2, 0).squeeze().numpy()).all()
+
+
+def test_gif_goes_from_noise_to_the_grid(made, tmp_path):
+    make, images = made
+    make("digits.gif")
+    make("digits.png")
+    with Image.open(tmp_path / "digits.gif") as animation:
+        assert animation.n_frames == 4 and animation.info["loop"] == 0
+        animation.seek(3)
+        last = np.asarray(animation.convert("L")).astype(int)
+    assert abs(last - read(tmp_path / "digits.png")).mean() < 20  # 16 colours
+
+
+def test_full_folder_and_unknown_form_are_refused(made, tmp_path):
+    make, _ = made
+    for name in ("digits.jpg", "."):
+        with pytest.raises(train.InputError, match="--out"):
+            make(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.png"]
 
 
 # ---- from Python ----
@@ -181,6 +314,28 @@ def test_labels_make_columns(small_model, tmp_path):
     generate.main(["--root", str(tmp_path), "--labels", "0-9", "--n_samples", "20", "--steps", "2"])
     height, width = read(tmp_path / "generated_samples/generated_samples_1.png").shape
     assert width / height == pytest.approx(291 / 59)
+
+
+def test_out_takes_one_checkpoint(small_model, tmp_path):
+    for epoch in (1, 2):
+        path = write_checkpoint(tmp_path / f"checkpoints/diffusion_epoch_{epoch}.pth", small_model, epoch)
+    flags = ["--root", str(tmp_path), "--steps", "2", "--out", str(tmp_path / "digits.npz")]
+    with pytest.raises(train.InputError, match="--checkpoint_path"):
+        generate.main(flags)
+    generate.main([*flags, "--checkpoint_path", str(path), "--labels", "none", "--guidance", "2.5"])
+    with np.load(tmp_path / "digits.npz") as file:
+        assert file["arr_0"].shape == (16, 28, 28, 1) and set(file["arr_1"]) == {train.NULL_LABEL}
+    assert not (tmp_path / "generated_samples").exists()
+
+
+def test_released_weights_draw_the_digit_asked_for():
+    model, _ = generate.load_checkpoint(train.REPOSITORY / "checkpoints/pretrained.pth")
+    classifier = test.load_classifier(test.CLASSIFIER, CPU)
+    labels = torch.arange(100) % 10
+    for settings in (dict(), dict(guidance=2), dict(sampler="ddim", steps=20)):
+        with torch.inference_mode():
+            _, digits = test.classify(classifier, clean(model, labels, **settings), 100)
+        assert test.share(digits == labels) > 0.9
 
 
 def test_generate_as_a_user_runs_it(trained):

@@ -340,7 +340,7 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
 
     def sample(model, labels, seed):
         sampled.append((round(model.conv_out.bias[0].item()), seed))
-        return mnist[True][0][torch.randperm(3000, generator=train.generator(CPU, seed))[:len(labels)]]
+        return mnist[True][0][torch.randperm(3000, generator=train.generator(CPU, seed))[:len(labels)]][None]
 
     torch.manual_seed(0)
     features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 16))
