@@ -68,7 +68,7 @@ def ddpm(eps, x_t, levels, rng, clip=True):
 
 
 def dpm(eps, x_t, levels, rng, clip=True, eta=1):
-    """DPM-Solver++(2M) (Lu et al. 2022): second order. eta = 1: its SDE variant; eta = 0: without fresh noise.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order. eta = 1: its SDE variant; 0: no fresh noise.
 
     The clean image is not taken as it is predicted at the step's start, but extrapolated from the last two predictions
     to the step's middle, linearly in lambda = log(alpha_t / sigma_t).
@@ -204,6 +204,8 @@ def load_checkpoint(path, device="cpu"):
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         checkpoint["epoch"] = int(checkpoint["epoch"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("not finite")
     except OSError:
         raise
     except Exception as error:  # torch.load meets damage with nearly any exception

@@ -24,6 +24,7 @@ from train import (NULL_LABEL, REPOSITORY, InputError, bounded, cumulative_alpha
                    has_bf16, load_mnist, make_folder, make_parser, replacing, run, write_csv)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
+SOURCES = [path.read_bytes() for path in sorted((REPOSITORY / "src").glob("*.py"))]
 METRICS = ["fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]  # of generated digits
 COLUMNS = ["epoch", "mse", *METRICS, *(f"{name}_std" for name in METRICS), *(f"real_{name}" for name in METRICS),
            *(f"mse_{tenth}" for tenth in range(10)), "n_samples", "seeds", "seed", "latent_epoch", "key"]
@@ -34,11 +35,10 @@ class Classifier(nn.Module):
     """(B, 1, 28, 28) in [-1, 1] -> (B, 10) logits. Its features (B, 128) are what Frechet distances compare."""
 
     def __init__(self):
-        super().__init__()
-
         def conv(c_in, c_out):
             return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
 
+        super().__init__()
         self.features = nn.Sequential(
             *conv(1, 32), *conv(32, 32), nn.MaxPool2d(2),
             *conv(32, 64), *conv(64, 64), nn.MaxPool2d(2),
@@ -89,17 +89,17 @@ def load_classifier(path, device):
 
 
 # ---- features ----
-# All in float32. Images are (N, C, H, W) uint8 on the model's device; results are on the CPU.
+# All in float32. Images are (N, C, H, W) uint8 on the model's device; features are returned on the CPU.
 
-def to_mnist_form(images):
-    """Return (N, 1, 28, 28) in [-1, 1]: channels are averaged, other sizes resized bilinearly with antialiasing."""
-    x = images.float().mean(dim=1, keepdim=True)
-    return (x if x.shape[-1] == 28 else resize(x, [28, 28])) / 127.5 - 1
+def mnist_pixels(images):
+    """Return (N, 784) in [-1, 1], of 28 x 28 pixels: channels are averaged, other sizes resized with antialiasing."""
+    grey = [part.float().mean(dim=1, keepdim=True) for part in images.split(1000)]
+    return torch.cat([(x if x.shape[-1] == 28 else resize(x, [28, 28])).flatten(1) for x in grey]) / 127.5 - 1
 
 
-def classify(classifier, images, batch_size):
-    """Return the classifier's features (N, 128) and the digits (N,) that it reads."""
-    features = torch.cat([classifier.features(to_mnist_form(batch)) for batch in images.split(batch_size)])
+def classify(classifier, pixels, batch_size):
+    """Return the classifier's features (N, 128) for pixels (N, 784), and the digits (N,) that it reads."""
+    features = torch.cat([classifier.features(x.view(-1, 1, 28, 28)) for x in pixels.split(batch_size)])
     return features.cpu(), classifier.head(features).argmax(dim=1).cpu()
 
 
@@ -179,22 +179,18 @@ def pick_images(images, labels, wanted):
 
 
 def fingerprint(*parts):
-    """Return a hash of bytes and plain values: what was made of equal ones need not be made again."""
-    return hashlib.sha256(b"".join(p if isinstance(p, bytes) else repr(p).encode() for p in parts)).hexdigest()[:16]
+    """Return a hash of this program and the parts: what equal ones made need not be made again."""
+    return hashlib.sha256(b"|".join([*SOURCES, CLASSIFIER.read_bytes(), *parts])).hexdigest()[:16]
 
 
-def describe_real(path, classifier, test_set, train_set, batch_size):
-    """Return the test images' features (N, 128) and their distances (N,) to the nearest training image, in pixels.
-
-    They are kept in the file and made again when it is damaged, or is of another classifier or other data.
-    """
-    data = [values.cpu().numpy().tobytes() for values in (*test_set, *train_set)]
-    key = fingerprint(CLASSIFIER.read_bytes(), *data)
-    with contextlib.suppress(Exception), np.load(path) as file:  # damage shows in many ways; npz has check sums
+def describe_real(path, classifier, test_pixels, train_pixels, batch_size):
+    """Return the test images' features (N, 128) and distances (N,) to the nearest training image; keep them in path."""
+    key = fingerprint(test_pixels.cpu().numpy().tobytes(), train_pixels.cpu().numpy().tobytes())
+    with contextlib.suppress(Exception), np.load(path) as file:  # made again if missing or damaged (npz has check sums)
         if file["key"] == key:
             return torch.from_numpy(file["features"]), torch.from_numpy(file["distances"])
-    features, _ = classify(classifier, test_set[0], batch_size)
-    distances = kth_nearest(*(to_mnist_form(images).flatten(1) for images, _ in (test_set, train_set)))[0].cpu()
+    features, _ = classify(classifier, test_pixels, batch_size)
+    distances = kth_nearest(test_pixels, train_pixels)[0].cpu()
     with replacing(path) as file:
         np.savez(file, key=key, features=features, distances=distances)
     return features, distances
@@ -207,16 +203,17 @@ def make_judge(latent_model, classifier, test_set, train_set, args):
     of METRICS and the ten images closest to training images, followed by these. copies: their share in the test set.
     """
     size, labels = args.batch_size, test_set[1].cpu()
-    real, distances = describe_real(args.root / "datas/reference.npz", classifier, test_set, train_set, size)
+    train_pixels, test_pixels = mnist_pixels(train_set[0]), mnist_pixels(test_set[0])
+    real, distances = describe_real(args.root / "datas/reference.npz", classifier, test_pixels, train_pixels, size)
     thresholds = torch.stack([distances[labels == digit].quantile(0.01) for digit in range(10)])
     latent = latent_features(latent_model, test_set[0], size)
-    train_pixels = to_mnist_form(train_set[0]).flatten(1)
 
     def judge(images, labels):
         images = images.to(args.device)
-        features, digits = classify(classifier, images, size)
-        distances, nearest = kth_nearest(to_mnist_form(images).flatten(1), train_pixels)
-        closeness = distances.cpu() / thresholds[labels]  # below 1: a copy
+        pixels = mnist_pixels(images)
+        features, digits = classify(classifier, pixels, size)
+        distances, nearest = kth_nearest(pixels, train_pixels)
+        closeness = distances.cpu() / thresholds[digits]  # below 1: a copy
         closest = closeness.argsort()[:10].to(args.device)
         values = [frechet_distance(latent_features(latent_model, images, size), latent),
                   frechet_distance(features, real), coverage(features, real), coverage(real, features),
@@ -228,7 +225,7 @@ def make_judge(latent_model, classifier, test_set, train_set, args):
 
 @torch.inference_mode()
 def evaluate(paths, latent_model, classifier, args):
-    """Yield the values of each checkpoint for COLUMNS, but for the last two; draw metrics_closest.png."""
+    """Yield the values of each checkpoint for COLUMNS, but for the last two; draw metrics_closest_{epoch}.png."""
     torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
     form = latent_model.config["image_size"], latent_model.config["channels"], args.device
     test_set, train_set = load_mnist(False, *form), load_mnist(True, *form)
@@ -237,12 +234,10 @@ def evaluate(paths, latent_model, classifier, args):
     real = judge(pick_images(*train_set, labels), labels)[0][:-1] + [copies]
     for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
-        if model.config != latent_model.config:
-            raise InputError(f"{path} is of {model.config}, the newest checkpoint of {latent_model.config}")
         mse, profile = noise_mse(model, *test_set, args.batch_size)
         seeds = range(args.seed, args.seed + args.seeds)
         judged, pairs = zip(*(judge(sample(model, labels, seed=seed)[-1], labels) for seed in seeds), strict=True)
-        with replacing(args.root / "datas/metrics_closest.png") as file:
+        with replacing(args.root / f"datas/metrics_closest_{checkpoint['epoch']}.png") as file:
             draw_grid(pairs[0], 10).save(file, format="png")
         judged = torch.tensor(judged, dtype=torch.float64)
         std = judged.std(0) if args.seeds > 1 else judged[0] * math.nan
@@ -251,9 +246,9 @@ def evaluate(paths, latent_model, classifier, args):
 
 
 # ---- output ----
-def plot_metrics(datas, rows, last):
-    """Draw metrics.png, MSE and FID of the rows that compare with the last, and metrics_profile.png, its MSE over t."""
-    rows = [row for row in rows if all(row[name] == last[name] for name in ("latent_epoch", "n_samples"))]
+def plot_metrics(datas, rows):
+    """Draw metrics.png, MSE and FID against the epoch, and metrics_profile.png, the MSE of the last row over t."""
+    last = rows[-1]
     figure, profile = Figure(figsize=(9, 3.6), layout="constrained"), Figure(figsize=(6, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
@@ -278,13 +273,17 @@ def plot_metrics(datas, rows, last):
 
 def print_row(row, first):
     """Print a row of metrics.csv, above the first one the head of the table and what real digits get."""
+    def line(name, column):
+        values = [row.get(column.format(metric), math.nan) for metric in ("mse", *METRICS)]
+        print("{:>6}{:9.5f}{:12.4f}{:16.4f}{:11.3f}{:8.3f}{:10.2%}{:8.2%}".format(name, *values).replace("nan", "  -"))
+
     if first:
         print("{n_samples:,} digits; seeds: {seeds}; latent space: epoch {latent_epoch}\n epoch      mse  fid_latent"
               "  fid_classifier  precision  recall  accuracy  copies".format(**row))
-    lines = ("real", "real_{}", first), (row["epoch"], "{}", True), ("+-", "{}_std", row["seeds"] > 1)
-    for name, column in [line[:2] for line in lines if line[2]]:
-        values = [row.get(column.format(metric), math.nan) for metric in ("mse", *METRICS)]
-        print("{:>6}{:9.5f}{:12.4f}{:16.4f}{:11.3f}{:8.3f}{:10.2%}{:8.2%}".format(name, *values).replace("nan", "  -"))
+        line("real", "real_{}")
+    line(row["epoch"], "{}")
+    if row["seeds"] > 1:
+        line("+-", "{}_std")
 
 
 # ---- command line ----
@@ -295,7 +294,7 @@ def make_classifier(args):
     with replacing(CLASSIFIER) as file:
         torch.save(classifier.state_dict(), file)
     images, labels = load_mnist(False, device=args.device)
-    _, digits = classify(classifier, images, args.batch_size)
+    _, digits = classify(classifier, mnist_pixels(images), args.batch_size)
     print(f"{CLASSIFIER}: reads {share(digits == labels.cpu()):.2%} of the test images right")
 
 
@@ -328,21 +327,23 @@ def main(argv=None):
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)[::-args.every][::-1]
     newest, checkpoint = load_checkpoint(paths[-1], args.device)
     refuse_contradictions(args, paths[-1], newest.config)
+    for path in paths:
+        if load_checkpoint(path)[0].config != newest.config:
+            raise InputError(f"{path} is not of the same form as {paths[-1]}, which is of {newest.config}")
     classifier = load_classifier(CLASSIFIER, args.device)
-    settings = paths[-1].read_bytes(), CLASSIFIER.read_bytes(), args.n_samples, args.seeds, args.seed
+    settings = paths[-1].read_bytes(), repr((args.n_samples, args.seeds, args.seed)).encode()
     keys = {path: fingerprint(path.read_bytes(), *settings) for path in paths}
-    rows = read_rows(datas / "metrics.csv")
-    known = {} if args.again else {row["key"]: row for row in rows.values()}
+    kept, rows = read_rows(datas / "metrics.csv"), []
+    known = {} if args.again else {row["key"]: row for row in kept.values()}
     unknown = evaluate([path for path in paths if keys[path] not in known], newest, classifier, args)
     for path, key in keys.items():
-        row = known.get(key)
-        if not row:
-            row = dict(zip(COLUMNS, [*next(unknown), checkpoint["epoch"], key], strict=True))
-            rows = dict(sorted((rows | {row["epoch"]: row}).items()))
-            write_csv(datas / "metrics.csv", list(rows.values()))
-            plot_metrics(datas, rows.values(), row)
-        print_row(row, first=path == paths[0])
-    print(*(datas / name for name in ("metrics.csv", "metrics.png", "metrics_profile.png", "metrics_closest.png")))
+        rows.append(known.get(key) or dict(zip(COLUMNS, [*next(unknown), checkpoint["epoch"], key], strict=True)))
+        kept[rows[-1]["epoch"]] = rows[-1]
+        if key not in known or path == paths[-1]:
+            write_csv(datas / "metrics.csv", [row for _, row in sorted(kept.items())])
+            plot_metrics(datas, rows)
+        print_row(rows[-1], first=len(rows) == 1)
+    print(f"{datas}: metrics.csv, metrics.png, metrics_profile.png, metrics_closest_{checkpoint['epoch']}.png")
 
 
 if __name__ == "__main__":

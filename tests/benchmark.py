@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
-from test import CLASSIFIER, classify, frechet_distance, load_classifier, spread_labels
+from test import CLASSIFIER, classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
 from train import REPOSITORY, bounded, load_mnist, make_parser, run
 
 
@@ -64,7 +64,7 @@ def sampler_table(model, args):
     """Print classifier FID, with its standard deviation over seeds, and the seconds for 1,000 digits."""
     classifier = load_classifier(CLASSIFIER, args.device)
     images, test_labels = load_mnist(False, device=args.device)
-    real, _ = classify(classifier, images, 500)
+    real, _ = classify(classifier, mnist_pixels(images), 500)
     labels = spread_labels(test_labels, args.n_samples)
 
     def cell(sampler, steps):
@@ -73,7 +73,7 @@ def sampler_table(model, args):
             start = time.perf_counter()
             digits = sample(model, labels, sampler, steps, seed)[-1]
             times.append((time.perf_counter() - start) * 1000 / args.n_samples)
-            features, _ = classify(classifier, digits.to(args.device), 500)
+            features, _ = classify(classifier, mnist_pixels(digits.to(args.device)), 500)
             distances.append(frechet_distance(features, real))
         spread = f" ± {statistics.stdev(distances):.4f}" if args.seeds > 1 else ""
         return f"{statistics.mean(distances):.4f}{spread}, {statistics.mean(times):.2f} s"

@@ -103,6 +103,12 @@ def text(path):
     path.write_text("epoch 10")
 
 
+def diverged(path):
+    model = train.SimpleUnet(widths=(8, 16))
+    model.conv_out.bias.data[0] = torch.nan
+    write_checkpoint(path, model, 10)
+
+
 def list_of_numbers(path):
     torch.save([1, 2, 3], path)
 
@@ -123,7 +129,7 @@ def folder(path):
 
 @pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
 @pytest.mark.parametrize("damage", [truncated, empty, foreign, of_another_network, of_an_impossible_size,
-                                    without_epoch, text, list_of_numbers, hostile, folder])
+                                    without_epoch, text, diverged, list_of_numbers, hostile, folder])
 def test_damaged_checkpoint(main, damage, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)

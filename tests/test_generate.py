@@ -334,7 +334,7 @@ def test_released_weights_draw_the_digit_asked_for():
     labels = torch.arange(100) % 10
     for settings in (dict(), dict(guidance=2), dict(sampler="ddim", steps=20)):
         with torch.inference_mode():
-            _, digits = test.classify(classifier, clean(model, labels, **settings), 100)
+            _, digits = test.classify(classifier, test.mnist_pixels(clean(model, labels, **settings)), 100)
         assert test.share(digits == labels) > 0.9
 
 

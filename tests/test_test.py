@@ -25,7 +25,7 @@ def classifier():
 # ---- classifier ----
 def test_classifier_is_good_and_small(classifier, mnist):
     images, labels = mnist[False]
-    _, digits = test.classify(classifier, images, 500)
+    _, digits = test.classify(classifier, test.mnist_pixels(images), 500)
     assert test.share(digits == labels) >= 0.995
     assert test.CLASSIFIER.stat().st_size < 1_000_000
 
@@ -35,7 +35,7 @@ def test_classifier_is_trained_as_its_seed_says(monkeypatch, mnist):
     first, again, other = (test.train_classifier(CPU, seed, epochs=2) for seed in (0, 0, 1))
     assert all(p.equal(q) for p, q in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert not first.head.weight.equal(other.head.weight)
-    _, digits = test.classify(first, mnist[True][0][:2000], 500)
+    _, digits = test.classify(first, test.mnist_pixels(mnist[True][0][:2000]), 500)
     assert test.share(digits == mnist[True][1][:2000]) > 0.5
 
 
@@ -50,14 +50,14 @@ def test_distortion_is_slight_and_different_for_each_image(mnist):
 # ---- features ----
 def test_other_forms_are_brought_to_the_classifiers(classifier, mnist):
     images, labels = train.load_mnist(False, image_size=32, channels=3)
-    features, digits = test.classify(classifier, images[:1000], 256)
+    features, digits = test.classify(classifier, test.mnist_pixels(images[:1000]), 256)
     assert features.shape == (1000, 128)
     assert test.share(digits == labels[:1000]) > 0.98
 
 
 def test_features_do_not_depend_on_the_batch_size(classifier, small_model, mnist):
     images = mnist[False][0][:100]
-    for features in (lambda size: test.classify(classifier, images, size)[0],
+    for features in (lambda size: test.classify(classifier, test.mnist_pixels(images), size)[0],
                      lambda size: test.latent_features(small_model, images, size)):
         torch.testing.assert_close(features(100), features(7), rtol=1e-4, atol=1e-5)
 
@@ -181,7 +181,7 @@ def blurred(images, sigma):
 
 
 @pytest.mark.parametrize("damage, mild, severe", [(noised, 20, 70), (blurred, 0.8, 2.5)])
-def test_damage_shows_in_every_metric(damage, mild, severe, judge, held_out, real):
+def test_damage_shows_in_distances_precision_and_accuracy(damage, mild, severe, judge, held_out, real):
     images, labels = held_out
     mild, severe = (judge[0](damage(images, level), labels) for level in (mild, severe))
     for metric in ("fid_classifier", "fid_latent"):
@@ -208,9 +208,10 @@ def test_slightly_changed_training_images_are_copies_too(judge, mnist):
     assert judge[0](noised(mnist[True][0][:2000], 10), mnist[True][1][:2000])["copies"] > 0.9
 
 
-def test_accuracy_asks_for_the_right_digit(judge, held_out):
+def test_wrong_digits_are_wrong_but_no_copies(judge, held_out, real):
     images, labels = held_out
-    assert judge[0](images, (labels + 1) % 10)["accuracy"] < 0.02
+    wrong = judge[0](images, (labels + 1) % 10)
+    assert wrong["accuracy"] < 0.02 and wrong["copies"] == real["copies"]
 
 
 def test_pairs_are_generated_digits_above_their_nearest_training_images(judge, held_out, mnist):
@@ -227,9 +228,9 @@ def test_pairs_are_generated_digits_above_their_nearest_training_images(judge, h
 @pytest.fixture
 def kept(classifier, mnist, tmp_path):
     """(path, function that returns the features and distances kept there)"""
-    sets = [[values[:count] for values in mnist[part]] for part, count in ((False, 100), (True, 300))]
+    test_pixels, train_pixels = (test.mnist_pixels(mnist[part][0][:300]) for part in (False, True))
     path = tmp_path / "reference.npz"
-    return path, lambda: test.describe_real(path, classifier, *sets, 50)
+    return path, lambda n=300: test.describe_real(path, classifier, test_pixels, train_pixels[:n], 50)
 
 
 def test_reference_is_made_once(kept, monkeypatch):
@@ -260,14 +261,21 @@ def test_reference_of_another_classifier_is_made_again(kept, monkeypatch, tmp_pa
     assert path.read_bytes() != stale
 
 
-def test_reference_of_other_data_is_made_again(kept, classifier, mnist):
+def test_reference_of_another_program_is_made_again(kept, monkeypatch):
     path, describe = kept
     describe()
-    sets = [[values[:count] for values in mnist[part]] for part, count in ((False, 100), (True, 200))]
-    _, distances = test.describe_real(path, classifier, *sets, 50)
-    assert not distances.equal(describe()[1])
+    stale = path.read_bytes()
+    monkeypatch.setattr(test, "SOURCES", [b"another"])
+    describe()
+    assert path.read_bytes() != stale
 
 
+def test_reference_of_other_data_is_made_again(kept):
+    _, describe = kept
+    assert not describe()[1].equal(describe(200)[1])
+
+
+# ---- MSE ----
 # ---- MSE ----
 class KnownError(torch.nn.Module):
     """Knows the clean images, so its error is what it adds to the true noise."""
@@ -343,7 +351,7 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
         return mnist[True][0][torch.randperm(3000, generator=train.generator(CPU, seed))[:len(labels)]][None]
 
     torch.manual_seed(0)
-    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 16))
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 16)).requires_grad_(False)
     classifier = SimpleNamespace(features=features, head=torch.nn.Linear(16, 10))
     monkeypatch.setattr(test, "sample", sample)
     monkeypatch.setattr(test, "load_classifier", lambda *_: classifier)
@@ -360,11 +368,32 @@ def test_every_checkpoint_has_a_row(evaluation, tmp_path, capsys):
     assert sampled == [(10, 0), (20, 0), (30, 0)]
     assert [row["epoch"] for row in rows()] == ["10", "20", "30"]
     assert list(rows()[0]) == test.COLUMNS
-    assert {row["latent_epoch"] for row in rows()} == {"30"}
-    assert len(capsys.readouterr().out.splitlines()) == 7  # the head, its second line, real, three rows, paths
-    for name in ("metrics.png", "metrics_profile.png", "metrics_closest.png"):
-        with Image.open(tmp_path / "datas" / name) as picture:
+    assert {row["latent_epoch"] for row in rows()} == {"30"} and len({row["mse"] for row in rows()}) == 3
+    for name in ("metrics", "metrics_profile", "metrics_closest_10", "metrics_closest_20", "metrics_closest_30"):
+        with Image.open(tmp_path / f"datas/{name}.png") as picture:
             picture.load()
+
+
+def test_printed_table_says_what_the_csv_says(evaluation, capsys):
+    run, _, rows = evaluation
+    run("--epochs", "10", "--seeds", "2")
+    _, head, real, row, spread, _ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (real[:2], row[0], spread[:2]) == (["real", "-"], "10", ["+-", "-"])
+    for name, *values in zip(head[1:], real[1:], row[1:], spread[1:], strict=True):
+        for column, value in zip((f"real_{name}", name, f"{name}_std"), values, strict=True):
+            if value != "-":
+                scale, precision = (100, 0.006) if value.endswith("%") else (1, 0.0006)
+                assert float(value.rstrip("%")) == pytest.approx(float(rows()[0][column]) * scale, abs=precision)
+
+
+def test_pictures_show_the_newest_checkpoint_also_when_it_is_known(evaluation, monkeypatch):
+    run, _, _ = evaluation
+    drawn = []
+    monkeypatch.setattr(test, "plot_metrics", lambda datas, rows: drawn.append([row["epoch"] for row in rows]))
+    run("--every", "2")
+    run()
+    run()
+    assert drawn == [[10], [10, 30], [10, 20], [10, 20, 30], [10, 20, 30]]
 
 
 @pytest.mark.parametrize("flags, epochs", [
@@ -388,9 +417,10 @@ def test_what_is_known_is_not_evaluated_again_unless_asked(evaluation, capsys):
 
 def test_other_settings_replace_a_row(evaluation):
     run, sampled, rows = evaluation
-    run()
-    run("--n_samples", "2100")
-    assert len(sampled) == 6 and [row["n_samples"] for row in rows()] == ["2100"] * 3
+    for number, flags in enumerate(("", "--seed 12", "--seeds 2 --seed 1", "--n_samples 2100"), 1):
+        run("--epochs", "10", *flags.split())
+        assert len(set(sampled)) == len(sampled) - (number == 4) and len(rows()) == 1
+    assert rows()[0]["n_samples"] == "2100" and rows()[0]["seeds"] == "1"
 
 
 def test_another_latent_space_and_another_checkpoint_replace_a_row(evaluation, tmp_path, small_model):
@@ -478,6 +508,7 @@ def test_other_forms_are_evaluated(tmp_path, small_mnist):
     row, = read_csv(tmp_path / "datas/metrics.csv")
     assert row["epoch"] == row["latent_epoch"] == "7"
     assert float(row["real_accuracy"]) > 0.98 and float(row["accuracy"]) < 0.5
+    assert 0 < float(row["real_copies"]) < 0.05
 
 
 def test_script_is_no_unit_test():
