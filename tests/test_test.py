@@ -39,6 +39,15 @@ def test_classifier_is_trained_as_its_seed_says(monkeypatch, mnist):
     assert test.share(digits == mnist[True][1][:2000]) > 0.5
 
 
+def test_classifier_is_remade_by_one_command(classifier, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(test, "train_classifier", lambda device, seed: classifier)
+    monkeypatch.setattr(test, "CLASSIFIER", tmp_path / "checkpoints/classifier.pth")
+    test.main(["--train_classifier", "--device", "cpu"])
+    assert float(capsys.readouterr().out.split()[-6].rstrip("%")) >= 99.5
+    remade = test.load_classifier(test.CLASSIFIER, CPU)
+    assert all(p.equal(q) for p, q in zip(remade.parameters(), classifier.parameters(), strict=True))
+
+
 def test_distortion_is_slight_and_different_for_each_image(mnist):
     x = (mnist[True][0][:1] / 127.5 - 1).expand(8, -1, -1, -1)
     y = test.distort(x, train.generator(CPU, 0))
