@@ -45,7 +45,7 @@ def sampling_speed(model, args, rounds=7):
         for i in range(digits // CHUNK * steps):
             eps(x_t, 80 * (i % steps))
 
-    tasks = {"sample": lambda: sample(model, labels), "network": network}
+    tasks = {"sample": lambda: sample(model, labels, steps=steps), "network": network}
     times = {name: [] for name in tasks}
     for i in range(rounds + 1):  # in turns, so that a slow moment hits both
         for name, task in tasks.items():
