@@ -30,13 +30,10 @@ CHUNK = 100  # images sampled together, always, so that image i depends on the s
 # DDPM's; clip keeps predicted images in [-1, 1]. They yield x_t after every step, the last one clean. Coefficients are
 # floats, that is float64.
 
-def noise_levels(time_steps, steps, power=1):
-    """Return [(t, a, a_next)] from t = T - 1, where x_t is noise, to a_next = 1: no noise is left.
-
-    The t are evenly spaced, or with a power over 1 closer together towards the clean image, and always distinct.
-    """
+def noise_levels(time_steps, steps):
+    """Return [(t, a, a_next)], t evenly spaced from T - 1, where x_t is noise, to a_next = 1: no noise is left."""
     alphas_cumprod = cumulative_alphas(time_steps).tolist()
-    t = [max(steps - i, round(time_steps * ((steps - i) / steps) ** power)) - 1 for i in range(steps)]
+    t = [round(time_steps * (steps - i) / steps) - 1 for i in range(steps)]
     a = [alphas_cumprod[i] for i in t]
     return list(zip(t, a, [*a[1:], 1.0], strict=True))
 
@@ -110,18 +107,18 @@ def noise_predictor(model, labels, guidance):
 def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL: x_t at n_frames of the steps.
 
-    They are spread evenly, the last is the clean image. steps: 12 for dpm, 50 for ddim, T for ddpm. eta: the sampler's
+    They are spread evenly, the last is the clean image. steps: 10 for dpm, 50 for ddim, T for ddpm. eta: the sampler's
     own by default. On one machine image i depends on i, the seed, labels[i] and these settings alone.
     Raises InputError for more steps than T, and for an eta that the sampler does not take.
     """
     device, config = next(model.parameters()).device, model.config
-    steps = steps or {"dpm": 12, "ddim": min(50, config["time_steps"]), "ddpm": config["time_steps"]}[sampler]
+    steps = steps or {"dpm": 10, "ddim": min(50, config["time_steps"]), "ddpm": config["time_steps"]}[sampler]
     if steps > config["time_steps"]:
         raise InputError(f"--steps: {steps} steps are more than the model's {config['time_steps']} time steps")
     if eta is not None and sampler == "ddpm":
         raise InputError("--eta is for the samplers dpm and ddim: ddpm's is 1")
     options = {} if eta is None else {"eta": eta}
-    levels = noise_levels(config["time_steps"], steps, 1.4 if sampler == "dpm" else 1)  # 1.4: by measurement
+    levels = noise_levels(config["time_steps"], steps)
     shown = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
     chunks, images = labels.split(CHUNK), []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
@@ -264,7 +261,7 @@ def main(argv=None):
     parser.add_argument("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; "
                         "none: leave them to the model (default: drawn from the seed)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="dpm is the fast one, ddpm the original")
-    parser.add_argument("--steps", type=bounded(int, 1), help="sampler steps (default: dpm 12, ddim 50, ddpm T)")
+    parser.add_argument("--steps", type=bounded(int, 1), help="sampler steps (default: dpm 10, ddim 50, ddpm T)")
     parser.add_argument("--eta", type=bounded(float, 0, 1), help="fresh noise, 0 to 1 (default: dpm 1, ddim 0)")
     parser.add_argument("--guidance", type=bounded(float, 0, 100), default=1, help="pull towards the label; 1 is off")
     parser.add_argument("--out", type=Path, help="write one checkpoint's digits here: .png grid, .gif its animation, "

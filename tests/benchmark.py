@@ -1,30 +1,72 @@
 """Measure speed, and what the samplers are worth. Prints the README's tables.
 
-    python tests/benchmark.py speed      digits per second, beside the network's bare forward pass: a minute
+    python tests/benchmark.py training   images per second, beside a textbook loop and a matrix product: a minute or two
+    python tests/benchmark.py sampling   digits per second, beside the network's bare forward pass: a minute
     python tests/benchmark.py samplers   Frechet distance and time of every sampler: hours on a CPU, minutes on a GPU
 """
+import argparse
+import copy
 import platform
+import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
 from test import CLASSIFIER, classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
-from train import REPOSITORY, bounded, load_mnist, make_parser, run
+from train import (REPOSITORY, SimpleUnet, bounded, forward_diffusion_sample, generator, has_bf16, load_mnist,
+                   make_optimizers, make_parser, run, train_one_epoch, training_loss)
+
+TRAINING_STEPS = 30  # timed together
 
 
 def seconds(function, device):
-    """Return the time that function() takes, including what it leaves running on a GPU."""
-    start = time.perf_counter()
+    """Return the time that function() takes, on a GPU by its own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def rates(tasks, device, rounds=7):
+    """Return {name: rates a second} for tasks {name: (function, amount, unit)}, and print their medians and ranges.
+
+    Tasks take turns, so that a slow moment hits them all; the first round warms up and does not count.
+    """
+    times = [[seconds(function, device) for function, _, _ in tasks.values()] for _ in range(1 + rounds)][1:]
+    result = {}
+    for (name, (_, amount, unit)), taken in zip(tasks.items(), zip(*times, strict=True), strict=True):
+        result[name] = r = [amount / t for t in taken]
+        print(f"{name:14} {statistics.median(r):8.0f} {unit}/s  ({min(r):.0f} to {max(r):.0f})")
+    return result
+
+
+def ratio(these, those):
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
+def peak_memory(device):
+    """Return the bytes that the process, or on a GPU its tensors, have taken at most."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def hardware(device):
@@ -32,10 +74,66 @@ def hardware(device):
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def our_training(model, images, labels, batch_size):
+    """Return a function that trains for TRAINING_STEPS steps, as train.py does."""
+    ema, optimizers = copy.deepcopy(model), make_optimizers(model)
+    settings = argparse.Namespace(batch_size=batch_size, seed=0, n_epochs=1000)
+    part = slice(TRAINING_STEPS * batch_size)
+    bar = tqdm(disable=True)
+    return lambda: train_one_epoch(model, ema, optimizers, images[part], labels[part], 1, settings, bar)
+
+
+def textbook_training(model, device, batch_size):
+    """Return a function that trains for TRAINING_STEPS steps in the loop that tutorials show."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    mnist = MNIST(REPOSITORY / "mnist", transform=ToTensor())
+
+    def batches():
+        while True:
+            yield from DataLoader(mnist, batch_size, shuffle=True, num_workers=4, drop_last=True)
+
+    def train():
+        for _, (images, labels) in zip(range(TRAINING_STEPS), endless, strict=False):
+            x_0, labels = images.to(device) * 2 - 1, labels.to(device)
+            noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
+            eps = model(forward_diffusion_sample(x_0, t, noise, model.alphas_cumprod), t, labels)
+            loss = F.mse_loss(eps, noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    endless = batches()
+    return train
+
+
+def training_speed(args):
+    """Print images a second of training, beside the textbook loop and the machine's fastest matrix product."""
+    device, size = args.device, args.batch_size
+    images, labels = load_mnist(True, device=device)
+    models = [SimpleUnet().to(device) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        training_loss(models[0], images[:size].float(), labels[:size], generator(device, 0)).backward()
+    ours = our_training(models[1], images, labels, size)
+    ours()
+    memory = peak_memory(device)  # before the textbook's loop adds its own
+    matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
+    n = size * TRAINING_STEPS
+    r = rates({"training": (ours, n, "images"),
+               "textbook loop": (textbook_training(models[2], device, size), n, "images"),
+               "matrix product": (lambda: matrix @ matrix, 2 * 2048**3 / 1e9, "GFLOP")}, device)
+    gflop = counter.get_total_flops() / size / 1e9
+    print(f"training is {ratio(r['training'], r['textbook loop']):.1f} times the textbook loop's rate; "
+          f"{gflop * 1000:.0f} MFLOP an image, forwards and backwards, "
+          f"make {ratio(r['training'], r['matrix product']) * gflop:.0%} of the matrix product's; "
+          f"peak memory {memory / 2**20:.0f} MiB")
+
+
 @torch.inference_mode()
-def sampling_speed(model, args, rounds=7):
+def sampling_speed(args):
     """Print the digits that the default sampler makes in a second, beside the limit: the network alone, as often."""
-    digits, steps = 10 * CHUNK, 12
+    model, _ = load_checkpoint(args.checkpoint_path, args.device)
+    digits, steps = 10 * CHUNK, 10
     labels = torch.arange(digits) % 10
     eps = noise_predictor(model, labels[:CHUNK].to(args.device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
@@ -45,23 +143,16 @@ def sampling_speed(model, args, rounds=7):
         for i in range(digits // CHUNK * steps):
             eps(x_t, 80 * (i % steps))
 
-    tasks = {"sample": lambda: sample(model, labels, steps=steps), "network": network}
-    times = {name: [] for name in tasks}
-    for i in range(rounds + 1):  # in turns, so that a slow moment hits both
-        for name, task in tasks.items():
-            taken = seconds(task, args.device)
-            if i:  # the first round warms up
-                times[name].append(taken)
-    share = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-    for name, taken in times.items():
-        rates = [digits / t for t in taken]
-        print(f"{name:8} {statistics.median(rates):8.0f} digits/s  ({min(rates):.0f} to {max(rates):.0f})")
-    print(f"sampling reaches {share:.0%} of the network's rate")
+    r = rates({"sampling": (lambda: sample(model, labels, steps=steps), digits, "digits"),
+               "network alone": (network, digits, "digits")}, args.device)
+    print(f"sampling reaches {ratio(r['sampling'], r['network alone']):.0%} of the network's rate; "
+          f"peak memory {peak_memory(args.device) / 2**20:.0f} MiB")
 
 
 @torch.inference_mode()
-def sampler_table(model, args):
+def sampler_table(args):
     """Print classifier FID, with its standard deviation over seeds, and the seconds for 1,000 digits."""
+    model, _ = load_checkpoint(args.checkpoint_path, args.device)
     classifier = load_classifier(CLASSIFIER, args.device)
     images, test_labels = load_mnist(False, device=args.device)
     real, _ = classify(classifier, mnist_pixels(images), 500)
@@ -86,16 +177,16 @@ def sampler_table(model, args):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=("speed", "samplers"))
+    parser.add_argument("what", choices=("training", "sampling", "samplers"))
     parser.add_argument("--checkpoint_path", type=Path, default=REPOSITORY / "checkpoints/pretrained.pth")
+    parser.add_argument("--batch_size", type=bounded(int, 1, 2000), default=128, help="images in a training step")
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=list(SAMPLERS), help="rows of the table")
     parser.add_argument("--steps", type=bounded(int, 1), nargs="+", default=[5, 10, 20, 50, 1000], help="its columns")
     parser.add_argument("--n_samples", type=bounded(int, 2000, 50_000), default=10_000, help="digits for a distance")
     parser.add_argument("--seeds", type=bounded(int, 1, 100), default=3, help="repetitions of each")
     args = parser.parse_args(argv)
-    model, _ = load_checkpoint(args.checkpoint_path, args.device)
     print(hardware(args.device))
-    {"speed": sampling_speed, "samplers": sampler_table}[args.what](model, args)
+    {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table}[args.what](args)
 
 
 if __name__ == "__main__":
