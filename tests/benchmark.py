@@ -123,7 +123,7 @@ def training_speed(args):
                "textbook loop": (textbook_training(models[2], device, size), n, "images"),
                "matrix product": (lambda: matrix @ matrix, 2 * 2048**3 / 1e9, "GFLOP")}, device)
     gflop = counter.get_total_flops() / size / 1e9
-    print(f"training is {ratio(r['training'], r['textbook loop']):.1f} times the textbook loop's rate; "
+    print(f"training is {ratio(r['training'], r['textbook loop']):.1f} times the textbook loop's rate\n"
           f"{gflop * 1000:.0f} MFLOP an image, forwards and backwards, "
           f"make {ratio(r['training'], r['matrix product']) * gflop:.0%} of the matrix product's; "
           f"peak memory {memory / 2**20:.0f} MiB")
