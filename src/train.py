@@ -66,7 +66,7 @@ def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
 
 # ---- network ----
 def normalize(x):
-    """Bring each image's channels together to mean 0 and variance 1: group normalization with one group."""
+    """Give each image, over all channels, mean 0 and variance 1: group normalization with one group."""
     x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory: there a CPU's group_norm is slow
     return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
@@ -144,7 +144,7 @@ class SimpleUnet(nn.Module):
         h = self.upsample(h)  # (B, b, H/2, W/2)
         h = self.up3(torch.cat([h, h2], dim=1), emb)
         h = self.up4(torch.cat([h, h1], dim=1), emb)
-        # The layers make v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho 2022), as hard to tell at every t.
+        # The layers make v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho 2022), of variance about 1 at every t.
         v = F.pixel_shuffle(self.conv_out(F.silu(normalize(h))), 2)
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - a).sqrt().to(x_t) * x_t + a.sqrt().to(x_t) * v

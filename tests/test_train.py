@@ -334,8 +334,6 @@ def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
     benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
-    rate = {name: float(number) for name, number in re.findall(r"^(training|textbook loop|matrix product) +(\d+)",
-                                                              printed, re.M)}
-    mflop, share = map(int, re.search(r"(\d+) MFLOP an image.* make (\d+)%", printed).groups())
+    assert re.findall(r"^(.+?)  +\d+ ", printed, re.M) == ["training", "textbook loop", "matrix product"]
+    mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
     assert mflop == pytest.approx(3 * 92.5, rel=0.03)  # backwards costs twice as much as forwards
-    assert share / 100 == pytest.approx(rate["training"] * mflop / 1000 / rate["matrix product"], abs=0.02, rel=0.3)
