@@ -18,8 +18,9 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from train import (NULL_LABEL, REPOSITORY, InputError, SimpleUnet, bounded, cumulative_alphas, epoch_checkpoints,
-                   generator, has_bf16, make_folder, make_parser, replacing, run)
+from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generator, has_bf16, load_tensors, make_folder,
+                    make_parser, refuse_contradictions, replacing, run)
+from train import NULL_LABEL, SimpleUnet, cumulative_alphas
 
 CHUNK = 100  # images sampled together, always, so that image i depends on the seed and i alone
 
@@ -197,7 +198,7 @@ def load_checkpoint(path, device="cpu"):
     Raises OSError where the file cannot be read, InputError where it is damaged or not of this program.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         checkpoint["epoch"] = int(checkpoint["epoch"])
@@ -205,7 +206,7 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError("not finite")
     except OSError:
         raise
-    except Exception as error:  # torch.load meets damage with nearly any exception
+    except Exception as error:
         raise InputError(f"{path}: damaged, or not a checkpoint of this program") from error
     return model.to(device).eval().requires_grad_(False), checkpoint
 
@@ -223,14 +224,6 @@ def find_checkpoints(root, epochs, checkpoint_path=None):
     if not found:
         print(f"no checkpoint in {folder}: using the released {pretrained}")
     return [path for epoch, path in found.items() if epoch <= epochs] or [pretrained]
-
-
-def refuse_contradictions(args, path, config):
-    """Raise InputError for a flag that was given and says otherwise than the config in the checkpoint."""
-    for name, value in config.items():
-        given = getattr(args, name, None)
-        if given not in (None, value):
-            raise InputError(f"--{name} {given} contradicts {path}, whose {name} is {value}")
 
 
 # ---- command line ----

@@ -19,9 +19,10 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint, refuse_contradictions, sample
-from train import (NULL_LABEL, REPOSITORY, InputError, bounded, cumulative_alphas, forward_diffusion_sample, generator,
-                   has_bf16, load_mnist, make_folder, make_parser, replacing, run, write_csv)
+from common import (REPOSITORY, InputError, bounded, generator, has_bf16, load_tensors, make_folder, make_parser,
+                    refuse_contradictions, replacing, run, save_tensors, write_csv)
+from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint, sample
+from train import NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
 SOURCES = [path.read_bytes() for path in sorted((REPOSITORY / "src").glob("*.py"))]
@@ -82,8 +83,8 @@ def load_classifier(path, device):
     """Return the Classifier in the file, ready to predict. Raises InputError where there is none."""
     classifier = Classifier()
     try:
-        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load meets damage with nearly any exception
+        classifier.load_state_dict(load_tensors(path))
+    except Exception as error:
         raise InputError(f"{path}: missing or damaged; make it with 'python src/test.py --train_classifier'") from error
     return classifier.to(device).eval().requires_grad_(False)
 
@@ -291,8 +292,7 @@ def make_classifier(args):
     """Train the classifier, write it to its place beside src and print its accuracy on the test set."""
     make_folder(CLASSIFIER.parent)
     classifier = train_classifier(args.device, args.seed)
-    with replacing(CLASSIFIER) as file:
-        torch.save(classifier.state_dict(), file)
+    save_tensors(CLASSIFIER, classifier.state_dict())
     images, labels = load_mnist(False, device=args.device)
     _, digits = classify(classifier, mnist_pixels(images), args.batch_size)
     print(f"{CLASSIFIER}: reads {share(digits == labels.cpu()):.2%} of the test images right")

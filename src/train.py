@@ -4,37 +4,34 @@
     python src/train.py --n_epochs 5 --batch_size 128 --save_every 1  a few minutes on a laptop
 """
 import argparse
-import contextlib
 import copy
-import csv
-import ctypes
-import io
-import os
-import re
+import signal
 import sys
-import tempfile
 import time
 import zlib
-from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released weights lie here, wherever one stands
+from common import (REPOSITORY, InputError, bounded, catching, epoch_checkpoints, first_on_each_machine, generator,
+                    greatest, has_bf16, is_first, keep_freed_memory, load_tensors, locked, make_folder,
+                    make_parser, refuse_contradictions, replacing, run, save_tensors, write_csv)
+
 NULL_LABEL = 10  # "any digit"
 MIN_TIME_STEPS = 21  # at T = 20 the last beta would be 1
-
-
-class InputError(ValueError):
-    """Bad input from outside, a flag or a file: a script reports it in one line."""
+LEARNING_RATES = {"muon": 0.02, "adamw": 0.007}  # at their peak
+LATEST = "checkpoints/latest.pth"  # under root
+SETTINGS = ["n_epochs", "save_every", "batch_size", "image_size", "channels", "time_steps", "seed"]  # kept in it
+SAVE_INTERVAL = 45  # seconds; what is killed loses less than a minute
 
 
 # ---- noise schedule ----
@@ -174,65 +171,67 @@ def load_mnist(train, image_size=28, channels=1, device="cpu"):
     return images.to(device).expand(-1, channels, -1, -1), mnist.targets.to(device)
 
 
-def generator(device, *key):
-    """Return a torch.Generator on the device whose draws depend on the key alone: seed, purpose, number.
+# ---- checkpoints ----
+def new_state(args):
+    """Return all that training changes: model, ema, muon, adamw; step, of the run; what the epoch has had so far of
+    total_loss, a tensor (), and seconds; log, a list of rows."""
+    torch.manual_seed(args.seed)
+    model = SimpleUnet(args.channels, args.image_size, args.time_steps).to(args.device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    muon, adamw = make_optimizers(model)
+    total_loss = torch.zeros((), device=args.device)  # stays there: reading it would make a GPU wait
+    return dict(model=model, ema=ema, muon=muon, adamw=adamw, step=0, total_loss=total_loss, seconds=0.0, log=[])
 
-    Purposes: 0 the order of an epoch, 1 a step of training, 2 a chunk of samples, 3 the noise of an evaluation.
+
+def save_state(state, args, earlier):
+    """Write all that --resume needs, the log and the loss curve; only then remove the earlier files, a list."""
+    check_finite(state)
+    saved = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
+    save_tensors(args.root / LATEST, saved | {"args": {name: getattr(args, name) for name in SETTINGS}})
+    while earlier:
+        earlier.pop().unlink(missing_ok=True)
+    if state["log"]:
+        write_csv(args.root / "datas/train_log.csv", state["log"])
+        plot_losses(args.root / "datas/train_log.png", state["log"])
+
+
+def load_state(path, parser, argv):
+    """Return (state, args) of a run that was stopped. Of its settings flags in argv may change n_epochs and save_every.
+
+    Raises InputError where the file is missing, damaged or foreign, and for other flags that contradict it.
     """
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
-    return torch.Generator(device).manual_seed(seed)
-
-
-# ---- files ----
-def make_folder(path):
-    """Make the folder if it is missing. Raises InputError, before any work is lost, if it cannot be written to."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {path} ({error.strerror}): choose another") from error
+        saved = load_tensors(path)
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
+        refuse_contradictions(args, path, {name: saved["args"][name] for name in SETTINGS[2:]})
+        state = new_state(args)
+        for name, part in state.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved[name])
+            else:
+                state[name] = saved[name]
+        state["total_loss"] = state["total_loss"].to(args.device)
+        if len(state["log"]) >= args.n_epochs:
+            raise InputError(f"{path} has had its {len(state['log'])} epochs: ask for more by --n_epochs")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path} to resume: start without --resume") from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: damaged, or not the state of a run; start anew with --overwrite") from error
+    return state, args
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Open a file for writing bytes that takes path's place when all is written: readers see the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path, rows):
-    """Write rows, dicts with the same keys, under a header of these keys."""
-    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
-    writer.writerows([rows[0].keys(), *(row.values() for row in rows)])
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def epoch_checkpoints(root):
-    """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, in the order of N."""
-    matches = [re.fullmatch(r"diffusion_epoch_(\d+)\.pth", path.name) for path in root.glob("checkpoints/*")]
-    return dict(sorted((int(match[1]), root / "checkpoints" / match[0]) for match in matches if match))
+def check_finite(state):
+    """Raise InputError if a loss or weight of the epoch has become infinite or NaN, as their sums then have too."""
+    if not (state["total_loss"] + nn.utils.get_total_norm(state["ema"].parameters())).isfinite():
+        raise InputError(f"epoch {len(state['log']) + 1}: the loss is no longer finite; the last good state is kept, "
+                         "but with the same settings --resume is likely to end here again: try another --seed")
 
 
 # ---- training ----
-def has_bf16(device):
-    """Whether the device computes in bfloat16 (most CPUs only emulate it, slowly)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = torch.cpu.get_capabilities()
-    return torch.backends.mkldnn.is_available() and any(map(cpu.get, ("avx512_bf16", "amx_bf16", "bf16")))
-
-
 def make_optimizers(model):
-    """Return [(optimizer, peak learning rate)]: Muon for all kernels but the first and last, AdamW for the rest.
+    """Return Muon, for all kernels but the first and last, and AdamW, for the rest; training_step sets their rates.
 
     torch's Muon takes matrices: it gets each kernel (out, in, k, k), and its gradient, as a view (out, in * k * k).
     """
@@ -244,73 +243,99 @@ def make_optimizers(model):
             matrices[-1].grad = p.grad.flatten(1)
         else:
             rest.append(p)
-    return [(torch.optim.Muon(matrices, momentum=0.95, weight_decay=0, ns_steps=3), 0.02),
-            (torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, fused=True), 0.007)]
+    return (torch.optim.Muon(matrices, momentum=0.95, weight_decay=0, ns_steps=3),
+            torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, fused=True))
 
 
-def training_loss(model, x_0, labels, rng):
-    """Return the noise's mean squared error (DDPM, eq. 14), weighted, with t spread evenly over the batch."""
-    batch_size, device, time_steps = len(x_0), x_0.device, len(model.alphas_cumprod)
+def training_loss(network, alphas_cumprod, x_0, labels, rng):
+    """Return the noise's mean squared error (DDPM, eq. 14), weighted, with t spread evenly over the batch.
+
+    Of several processes each draws for the whole batch, x_0 (B, C, H, W) and labels (B,), and computes its share.
+    """
+    batch_size, device, time_steps = len(x_0), x_0.device, len(alphas_cumprod)
     noise = torch.randn(x_0.shape, generator=rng, device=device)
     places = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=rng, device=device)
     t = (places * (time_steps / batch_size)).long().clamp(max=time_steps - 1)
     nameless = torch.rand(batch_size, generator=rng, device=device) < 0.1
-    x_t = forward_diffusion_sample(x_0, t, noise, model.alphas_cumprod)
+    labels = labels.masked_fill(nameless, NULL_LABEL)
+    x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
+    weights = alphas_cumprod[t].rsqrt().float()  # high t, where the digit takes shape, counts for more
+    share = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-        eps = model(x_t, t, labels.masked_fill(nameless, NULL_LABEL))
-    weights = model.alphas_cumprod[t].rsqrt().float()  # high t, where the digit takes shape, counts for more
-    return (weights * (eps - noise).square().mean((1, 2, 3))).mean()
+        eps = network(x_t[share], t[share], labels[share])
+    return (weights[share] * (eps - noise[share]).square().mean((1, 2, 3))).mean()
 
 
-def train_one_epoch(model, ema, optimizers, images, labels, epoch, args, bar):
-    """Train on every full batch of the shuffled images; return the mean loss. Epochs count from 0 here."""
-    device, size = images.device, args.batch_size
-    order = torch.randperm(len(images), generator=generator(device, args.seed, 0, epoch), device=device)
-    steps = len(images) // size
-    total_loss = torch.zeros((), device=device)  # stays there: reading it would make a GPU wait
-    for step, batch in enumerate(order.split(size)[:steps], epoch * steps):
-        model.zero_grad(set_to_none=False)  # Muon sees these gradients' memory
-        loss = training_loss(model, images[batch] / 127.5 - 1, labels[batch], generator(device, args.seed, 1, step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = min((step + 1) / 100, 1 - step / (args.n_epochs * steps))  # warm up, then fall linearly to 0
-        for optimizer, learning_rate in optimizers:
-            optimizer.param_groups[0]["lr"] = factor * learning_rate
-            optimizer.step()
-        decay = min(0.9999, (1 + step) / (10 + step))  # averages over the last tenth of a short run
-        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-        total_loss += loss.detach()
-        bar.update(size)
-    return total_loss.item() / steps
+def training_step(network, state, x_0, labels, seed, total_steps):
+    """Move the weights and their average by one batch. network: the model, or its DistributedDataParallel."""
+    step, model = state["step"], state["model"]
+    model.zero_grad(set_to_none=False)  # Muon sees these gradients' memory
+    loss = training_loss(network, model.alphas_cumprod, x_0, labels, generator(x_0.device, seed, 1, step))
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    factor = min((step + 1) / 100, 1 - step / total_steps)  # warm up, then fall linearly to 0
+    for name, learning_rate in LEARNING_RATES.items():
+        state[name].param_groups[0]["lr"] = factor * learning_rate
+        state[name].step()
+    decay = min(0.9999, (1 + step) / (10 + step))  # averages over the last tenth of a short run
+    get_ema_multi_avg_fn(decay)(list(state["ema"].parameters()), list(model.parameters()), None)
+    loss = loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    state["total_loss"] += loss
+    state["step"] += 1
 
 
-def train(model, images, labels, args, earlier):
-    """Train for args.n_epochs epochs; write checkpoints, the log and the loss curve under args.root.
+def train(state, images, labels, args, earlier):
+    """Train up to args.n_epochs epochs; write checkpoints, the state, the log and the loss curve under args.root.
 
-    earlier: files of the run to be replaced, removed after the first epoch, when there is something in its place.
+    After SIGINT or SIGTERM it saves the state and returns the signal's number. earlier: files of a run that this one
+    replaces, removed as soon as there is something in their place.
     """
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = make_optimizers(model)
-    images_per_epoch = len(images) // args.batch_size * args.batch_size
-    log = []
-    with tqdm(total=args.n_epochs * images_per_epoch, unit=" images", unit_scale=True) as bar:
-        for epoch in range(args.n_epochs):
-            bar.set_description(f"epoch {epoch + 1}/{args.n_epochs}")
-            start = time.perf_counter()
-            loss = train_one_epoch(model, ema, optimizers, images, labels, epoch, args, bar)
-            seconds = time.perf_counter() - start
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if epoch == 0:
-                for path in earlier:
-                    path.unlink()
-            log.append(dict(epoch=epoch + 1, loss=round(loss, 6), seconds=round(seconds, 3),
-                            images_per_second=round(images_per_epoch / seconds)))
-            write_csv(args.root / "datas/train_log.csv", log)
-            if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.n_epochs:
-                checkpoint = dict(epoch=epoch + 1, model_state_dict=ema.state_dict(), loss=loss, config=model.config)
-                with replacing(args.root / f"checkpoints/diffusion_epoch_{epoch + 1}.pth") as file:
-                    torch.save(checkpoint, file)
-                plot_losses(args.root / "datas/train_log.png", log)
+    model, size, steps = state["model"], args.batch_size, len(images) // args.batch_size
+    if dist.is_initialized() and size % dist.get_world_size():
+        raise InputError(f"--batch_size {size} cannot be shared evenly among {dist.get_world_size()} processes")
+    network = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    saved = time.perf_counter()
+    with catching(signal.SIGINT, signal.SIGTERM) as signals, \
+            tqdm(total=args.n_epochs * steps * size, initial=state["step"] * size, unit=" images", unit_scale=True,
+                 disable=not is_first()) as bar:
+        for epoch in range(state["step"] // steps + 1, args.n_epochs + 1):
+            bar.set_description(f"epoch {epoch}/{args.n_epochs}")
+            start = time.perf_counter() - state["seconds"]
+            rng = generator(args.device, args.seed, 0, epoch - 1)
+            order = torch.randperm(len(images), generator=rng, device=args.device).split(size)[:steps]
+            for batch in order[state["step"] % steps:]:
+                stop, now = greatest(signals), time.perf_counter()
+                state["seconds"] = now - start
+                if is_first() and (stop or now - saved > SAVE_INTERVAL):
+                    save_state(state, args, earlier)
+                    saved = now
+                if stop:
+                    return stop
+                x_0 = images[batch] / 127.5 - 1
+                training_step(network, state, x_0, labels[batch], args.seed, args.n_epochs * steps)
+                bar.update(size)
+            end_epoch(state, time.perf_counter() - start, args, steps, earlier)
+            bar.set_postfix(loss=f"{state['log'][-1]['loss']:.4f}")
+        if is_first():
+            save_state(state, args, earlier)
+
+
+def end_epoch(state, seconds, args, steps, earlier):
+    """Log the epoch; write its checkpoint if it is one of those that args.save_every asks for, or the last."""
+    check_finite(state)
+    epoch, loss = len(state["log"]) + 1, state["total_loss"].item() / steps
+    state["log"].append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3),
+                             images_per_second=round(steps * args.batch_size / seconds)))
+    state["total_loss"].zero_()
+    state["seconds"] = 0.0
+    if is_first() and earlier:
+        save_state(state, args, earlier)
+    if is_first() and (epoch % args.save_every == 0 or epoch == args.n_epochs):
+        save_tensors(args.root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
+            epoch=epoch, model_state_dict=state["ema"].state_dict(), loss=loss, config=state["model"].config))
 
 
 def plot_losses(path, log):
@@ -325,42 +350,6 @@ def plot_losses(path, log):
 
 
 # ---- command line ----
-def bounded(kind, minimum, maximum=10**9):
-    """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if minimum <= kind(text) <= maximum:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {minimum} to {maximum}, not {text!r}")
-    return parse
-
-
-def usable_device(text):
-    """The argparse type of --device."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d\d?))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
-    if text != "cpu" and not (torch.cuda.is_available() and int(match[1] or 0) < torch.cuda.device_count()):
-        raise argparse.ArgumentTypeError(f"there is no {text} here that torch can use; try --device cpu")
-    return torch.device(text)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def make_parser(description):
-    """Return a parser with the flags that all scripts share. Without a usage its errors take one line."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0], usage=argparse.SUPPRESS,
-                                     formatter_class=HelpFormatter)
-    parser.add_argument("--root", type=Path, default=".", help="folder of checkpoints, generated_samples and datas")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=bounded(int, 0), default=0, help="of the random numbers")
-    return parser
-
-
 def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--n_epochs", type=bounded(int, 1), default=1000, help="passes over the training images")
@@ -369,31 +358,40 @@ def main(argv=None):
     parser.add_argument("--channels", type=int, choices=(1, 3), default=1, help="1: grey; 3: RGB, all the same")
     parser.add_argument("--time_steps", type=bounded(int, MIN_TIME_STEPS, 10_000), default=1000, help="diffusion steps")
     parser.add_argument("--save_every", type=bounded(int, 1), default=10, help="epochs between checkpoints")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --root holds")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--resume", action="store_true", help="go on with the run that --root holds")
+    choice.add_argument("--overwrite", action="store_true", help="replace the run that --root holds")
     args = parser.parse_args(argv)
-    with contextlib.suppress(AttributeError, TypeError):  # only in glibc: keep freed memory, every step needs the same
-        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-    torch.manual_seed(args.seed)
-    model = SimpleUnet(args.channels, args.image_size, args.time_steps).to(args.device)
-    images, labels = load_mnist(True, args.image_size, args.channels, args.device)
+    keep_freed_memory()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    if dist.is_torchelastic_launched():  # by torchrun
+        dist.init_process_group()
+    latest = args.root / LATEST
+    state, args = load_state(latest, parser, argv) if args.resume else (new_state(args), args)
+    with first_on_each_machine():  # unpacks what the others then find
+        images, labels = load_mnist(True, args.image_size, args.channels, args.device)
     make_folder(args.root / "checkpoints")
     make_folder(args.root / "datas")
-    earlier = [*epoch_checkpoints(args.root).values(), *args.root.glob("datas/train_log.*")]
-    if earlier and not args.overwrite:
-        raise InputError(f"{earlier[0]} is of an earlier run: choose another --root, or replace it with --overwrite")
-    print(f"training {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}, "
-          f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
-    train(model, images, labels, args, [*earlier, *args.root.glob("datas/metrics*")] if earlier else [])
-    print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
-
-
-def run(main):
-    """Run a script's main; bad input ends it with one line on stderr and exit code 1."""
-    try:
-        main()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")  # one line
+    with locked(args.root / "checkpoints/.lock"):
+        earlier = [*epoch_checkpoints(args.root).values(), *args.root.glob("datas/train_log.*")]
+        if (earlier or latest.exists()) and not (args.resume or args.overwrite):
+            raise InputError(f"{[*earlier, latest][0]} is of an earlier run: go on with it by --resume, replace it by "
+                             "--overwrite, or choose another --root")
+        if is_first():
+            print(f"training {sum(p.numel() for p in state['model'].parameters()):,} parameters on {args.device}, "
+                  f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
+        if earlier:
+            earlier += args.root.glob("datas/metrics*")
+        stop = train(state, images, labels, args, [] if args.resume else earlier)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stop:
+        if is_first():
+            print(f"stopped in epoch {len(state['log']) + 1}; --resume goes on from {latest}", file=sys.stderr)
+        sys.exit(128 + stop)
+    if is_first():
+        print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
 
 
 if __name__ == "__main__":

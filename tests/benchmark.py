@@ -5,11 +5,11 @@
     python tests/benchmark.py samplers   Frechet distance and time of every sampler: hours on a CPU, minutes on a GPU
 """
 import argparse
-import copy
 import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from common import REPOSITORY, bounded, generator, has_bf16, make_parser, run
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
 from test import CLASSIFIER, classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
-from train import (REPOSITORY, SimpleUnet, bounded, forward_diffusion_sample, generator, has_bf16, load_mnist,
-                   make_optimizers, make_parser, run, train_one_epoch, training_loss)
+from train import (SAVE_INTERVAL, SimpleUnet, forward_diffusion_sample, load_mnist, new_state, save_state,
+                   training_loss, training_step)
 
 TRAINING_STEPS = 30  # timed together
 
@@ -74,13 +74,14 @@ def hardware(device):
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def our_training(model, images, labels, batch_size):
+def our_training(state, images, labels, batch_size):
     """Return a function that trains for TRAINING_STEPS steps, as train.py does."""
-    ema, optimizers = copy.deepcopy(model), make_optimizers(model)
-    settings = argparse.Namespace(batch_size=batch_size, seed=0, n_epochs=1000)
-    part = slice(TRAINING_STEPS * batch_size)
-    bar = tqdm(disable=True)
-    return lambda: train_one_epoch(model, ema, optimizers, images[part], labels[part], 1, settings, bar)
+    batches = torch.randperm(len(images), device=images.device).split(batch_size)[:TRAINING_STEPS]
+
+    def steps():
+        for batch in batches:
+            training_step(state["model"], state, images[batch] / 127.5 - 1, labels[batch], 0, 10**6)
+    return steps
 
 
 def textbook_training(model, device, batch_size):
@@ -111,22 +112,30 @@ def training_speed(args):
     """Print images a second of training, beside the textbook loop and the machine's fastest matrix product."""
     device, size = args.device, args.batch_size
     images, labels = load_mnist(True, device=device)
-    models = [SimpleUnet().to(device) for _ in range(3)]
+    settings = argparse.Namespace(n_epochs=1000, save_every=10, batch_size=size, image_size=28, channels=1,
+                                  time_steps=1000, seed=0, device=device)
+    state, textbook = new_state(settings), SimpleUnet().to(device)
     with FlopCounterMode(display=False) as counter:
-        training_loss(models[0], images[:size].float(), labels[:size], generator(device, 0)).backward()
-    ours = our_training(models[1], images, labels, size)
+        training_loss(textbook, textbook.alphas_cumprod, images[:size].float(), labels[:size],
+                      generator(device, 0)).backward()
+    ours = our_training(state, images, labels, size)
     ours()
     memory = peak_memory(device)  # before the textbook's loop adds its own
     matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
     n = size * TRAINING_STEPS
     r = rates({"training": (ours, n, "images"),
-               "textbook loop": (textbook_training(models[2], device, size), n, "images"),
+               "textbook loop": (textbook_training(textbook, device, size), n, "images"),
                "matrix product": (lambda: matrix @ matrix, 2 * 2048**3 / 1e9, "GFLOP")}, device)
     gflop = counter.get_total_flops() / size / 1e9
     print(f"training is {ratio(r['training'], r['textbook loop']):.1f} times the textbook loop's rate\n"
           f"{gflop * 1000:.0f} MFLOP an image, forwards and backwards, "
           f"make {ratio(r['training'], r['matrix product']) * gflop:.0%} of the matrix product's; "
           f"peak memory {memory / 2**20:.0f} MiB")
+    state["log"] = [dict(epoch=n + 1, loss=1 / (n + 1)) for n in range(settings.n_epochs)]
+    with tempfile.TemporaryDirectory() as folder:
+        settings.root = Path(folder)
+        saving = statistics.median(seconds(lambda: save_state(state, settings, []), device) for _ in range(7))
+    print(f"saving the state takes {saving:.2f} s, every {SAVE_INTERVAL} s: {saving / SAVE_INTERVAL:.1%}")
 
 
 @torch.inference_mode()

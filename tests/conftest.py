@@ -31,13 +31,17 @@ def mnist():
     return {part: train.load_mnist(part) for part in (True, False)}
 
 
-@pytest.fixture
-def small_mnist(monkeypatch):
-    """Few images for main() in this process: 500 test images; train.py has 256 training images, test.py 3,000."""
+def use_small_mnist(monkeypatch):
+    """Give main() in this process few images: 500 test images; train.py 256 training images, test.py 3,000."""
     load = train.load_mnist
     for module, count in ((train, 256), (test, 3000)):
         monkeypatch.setattr(module, "load_mnist", lambda part, *form, count=count, **keywords: [
             values[:count if part else 500] for values in load(part, *form, **keywords)])
+
+
+@pytest.fixture
+def small_mnist(monkeypatch):
+    use_small_mnist(monkeypatch)
 
 
 def write_checkpoint(path, model, epoch, **other):

@@ -1,9 +1,10 @@
 """Bad input: one line on stderr that names the flag or file, an exit code that is not 0, nothing lost."""
+import resource
 import shutil
 
 import pytest
 import torch
-from conftest import REPOSITORY, call, error_of, write_checkpoint
+from conftest import REPOSITORY, call, error_of, use_small_mnist, write_checkpoint
 
 import generate
 import test
@@ -73,9 +74,35 @@ def test_settings_that_do_not_go_together(flags, named, small_model, tmp_path, c
     assert named in error_of(generate.main, ["--root", str(tmp_path), *flags.split()], capsys)
 
 
-# ---- checkpoints ----
+# ---- checkpoints and states ----
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """The folder of a run of one epoch."""
+    return shutil.copytree(finished, tmp_path / "stopped")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_mnist(patch)
+        train.main(["--root", str(folder), "--n_epochs", "1", "--batch_size", "64", "--device", "cpu"])
+    return folder
+
+
+def contents(folder):
+    """Return {path: bytes} of all files under the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def one_bit_flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # among the weights
+    path.write_bytes(data)
 
 
 def empty(path):
@@ -128,8 +155,9 @@ def folder(path):
 
 
 @pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
-@pytest.mark.parametrize("damage", [truncated, empty, foreign, of_another_network, of_an_impossible_size,
-                                    without_epoch, text, diverged, list_of_numbers, hostile, folder])
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, foreign, of_another_network,
+                                    of_an_impossible_size, without_epoch, text, diverged, list_of_numbers, hostile,
+                                    folder])
 def test_damaged_checkpoint(main, damage, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
@@ -147,6 +175,40 @@ def test_missing_checkpoint(main, tmp_path, capsys):
 def test_no_checkpoint_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "REPOSITORY", tmp_path)
     assert "src/train.py" in error_of(generate.main, ["--root", str(tmp_path)], capsys)
+
+
+def of_a_finished_model(path):
+    write_checkpoint(path, train.SimpleUnet(), 1)
+
+
+def of_a_narrower_network(path):
+    saved = train.load_tensors(path)
+    torch.save(saved | {"model": train.SimpleUnet(widths=(8, 16)).state_dict()}, path)
+
+
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, text, list_of_numbers, hostile, folder,
+                                    of_a_finished_model, of_a_narrower_network])
+def test_damaged_state(damage, stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = stopped / train.LATEST
+    damage(path)
+    before = contents(stopped)
+    message = error_of(train.main, ["--root", str(stopped), "--resume"], capsys)
+    assert str(path) in message and "--overwrite" in message
+    assert contents(stopped) == before and not (tmp_path / "executed").exists()
+
+
+def test_no_state_to_resume(tmp_path, capsys):
+    assert "without --resume" in error_of(train.main, ["--root", str(tmp_path), "--resume"], capsys)
+
+
+@pytest.mark.parametrize("flag, kept", [("--batch_size 32", 64), ("--seed 1", 0), ("--image_size 32", 28),
+                                        ("--channels 3", 1), ("--time_steps 200", 1000)])
+def test_a_flag_that_contradicts_the_state(flag, kept, stopped, capsys):
+    before = contents(stopped)
+    message = error_of(train.main, ["--root", str(stopped), "--resume", *flag.split()], capsys)
+    assert flag in message and str(kept) in message.partition(train.LATEST)[2]
+    assert contents(stopped) == before
 
 
 # ---- data and the classifier ----
@@ -220,6 +282,61 @@ def test_a_run_that_fails_before_its_first_epoch_replaces_nothing(tmp_path, smal
     def fail(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(train, "train_one_epoch", fail)
+    monkeypatch.setattr(train, "training_step", fail)
     assert "out of memory" in error_of(train.main, ["--root", str(tmp_path), "--overwrite"], capsys)
     assert path.exists()
+
+
+def test_a_second_run_under_one_root_is_refused(stopped, capsys):
+    before = contents(stopped)
+    with train.locked(stopped / "checkpoints/.lock"):
+        for flags in (["--resume", "--n_epochs", "2"], ["--overwrite"]):
+            assert "another run" in error_of(train.main, ["--root", str(stopped), *flags], capsys)
+    assert contents(stopped) == before
+
+
+def not_finite(loss, model):
+    return loss * torch.inf
+
+
+def not_finite_backwards(loss, model):
+    return loss + (0 * model.conv_in.bias).sqrt().sum()  # adds 0 with the gradient 0 / 0
+
+
+@pytest.mark.parametrize("interval", [0, 45])
+@pytest.mark.parametrize("spoil", [not_finite, not_finite_backwards])
+def test_numbers_that_go_wrong_stop_the_run_and_are_not_saved(spoil, interval, tmp_path, small_mnist, monkeypatch,
+                                                              capsys):
+    loss_of, calls = train.training_loss, []
+
+    def training_loss(network, *rest):
+        calls.append(1)
+        loss = loss_of(network, *rest)
+        return spoil(loss, network) if len(calls) == 6 else loss
+
+    monkeypatch.setattr(train, "training_loss", training_loss)
+    monkeypatch.setattr(train, "SAVE_INTERVAL", interval)
+    flags = "--n_epochs 3 --batch_size 64 --save_every 1 --device cpu".split()
+    assert "epoch 2" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
+    assert list(train.epoch_checkpoints(tmp_path)) == [1] and len(calls) <= 8
+    if interval == 0:
+        saved = train.load_tensors(tmp_path / train.LATEST)
+        assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["ema"].values())
+
+
+@pytest.fixture
+def full_disk():
+    """Let no file grow over 4 MB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_old_files(stopped, small_mnist, full_disk, capsys):
+    before = contents(stopped)
+    message = error_of(train.main, ["--root", str(stopped), "--resume", "--n_epochs", "2"], capsys)
+    assert str(stopped / train.LATEST) in message and "too large" in message
+    after = contents(stopped)
+    assert after.keys() == before.keys() | {stopped / "checkpoints/diffusion_epoch_2.pth"}
+    assert {path: after[path] for path in before} == before

@@ -1,15 +1,16 @@
 """train.py: the schedule, the network, the data, files, the training loop, the command line."""
 import copy
 import gzip
+import os
 import re
 import shutil
+import signal
 from argparse import Namespace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, call, read_csv
+from conftest import REPOSITORY, call, error_of, read_csv, use_small_mnist
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -148,7 +149,7 @@ class Recorder:
 
 def loss_of(model, batch_size=1000):
     x_0, labels = torch.ones(batch_size, 1, 4, 4), torch.full((batch_size,), 3)
-    return train.training_loss(model, x_0, labels, train.generator(torch.device("cpu"), 0))
+    return train.training_loss(model, model.alphas_cumprod, x_0, labels, train.generator(torch.device("cpu"), 0))
 
 
 def test_loss_is_the_squared_error_of_the_noise_weighted():
@@ -186,13 +187,13 @@ def test_optimizers_move_every_weight_once():
     model = train.SimpleUnet(widths=(8, 16))
     before = copy.deepcopy(model.state_dict())
     optimizers = train.make_optimizers(model)
-    assert sum(p.numel() for optimizer, _ in optimizers for group in optimizer.param_groups
+    assert sum(p.numel() for optimizer in optimizers for group in optimizer.param_groups
                for p in group["params"]) == sum(p.numel() for p in model.parameters())
     for p in model.parameters():
         if p.grad is None:
             p.grad = torch.empty_like(p)
         p.grad.copy_(torch.randn(p.shape))
-    for optimizer, _ in optimizers:
+    for optimizer in optimizers:
         optimizer.step()
     assert all((p != before[name]).any() for name, p in model.state_dict().items())
 
@@ -200,7 +201,7 @@ def test_optimizers_move_every_weight_once():
 def test_muon_orthogonalises_the_step_of_a_kernel():
     """Muon's step is the gradient with its singular values set to about 1 (Jordan et al. 2024): 0.7 to 1.2 in torch."""
     model = train.SimpleUnet(widths=(8, 16))
-    (muon, _), _ = train.make_optimizers(model)
+    muon, _ = train.make_optimizers(model)
     kernel = model.mid1.conv1.weight
     before = kernel.detach().clone()
     kernel.grad.copy_(torch.randn(kernel.shape))
@@ -210,51 +211,38 @@ def test_muon_orthogonalises_the_step_of_a_kernel():
     assert 0.5 < values.min() and values.max() < 1.5
 
 
-def settings(**other):
-    return Namespace(**dict(batch_size=16, time_steps=1000, seed=0, n_epochs=2) | other)
+@pytest.fixture
+def state():
+    return train.new_state(Namespace(channels=1, image_size=28, time_steps=1000, seed=0, device=torch.device("cpu")))
 
 
-def test_ema_follows_the_weights(mnist):
-    images, labels = (values[:80] for values in mnist[True])
-    model = train.SimpleUnet(widths=(8, 16))
-    ema = copy.deepcopy(model)
-    expected, step = copy.deepcopy(model.state_dict()), 0
+def take_step(state):
+    """Take a step of 400 on one image."""
+    train.training_step(state["model"], state, torch.zeros(1, 1, 28, 28), torch.tensor([3]), seed=0, total_steps=400)
 
-    def after_step(_):
-        nonlocal step
+
+def test_ema_follows_the_weights(state):
+    expected = copy.deepcopy(state["model"].state_dict())
+    for step in range(5):
+        take_step(state)
         decay = (1 + step) / (10 + step)
-        for name, p in model.state_dict().items():
+        for name, p in state["model"].state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * p
-        step += 1
-
-    bar = SimpleNamespace(update=after_step, set_postfix=lambda **_: None)
-    train.train_one_epoch(model, ema, train.make_optimizers(model), images, labels, 0, settings(), bar)
-    assert step == 5
-    torch.testing.assert_close(dict(ema.state_dict()), expected)
+    torch.testing.assert_close(dict(state["ema"].state_dict()), expected)
 
 
-def test_learning_rates_rise_over_100_steps_and_fall_to_0(mnist):
-    images, labels = (values[:200] for values in mnist[True])
-    model = train.SimpleUnet(widths=(8, 16))
-    optimizers, factors = train.make_optimizers(model), []
-
-    def after_step(_):
-        shares = {optimizer.param_groups[0]["lr"] / peak for optimizer, peak in optimizers}
-        factors.append(pytest.approx(shares.pop()))
-        assert all(share == factors[-1] for share in shares)
-
-    bar = SimpleNamespace(update=after_step, set_postfix=None)
-    for epoch in range(2):
-        train.train_one_epoch(model, copy.deepcopy(model), optimizers, images, labels, epoch,
-                              settings(batch_size=1), bar)
-    assert len(factors) == 400
-    assert factors[0] == 0.01 and factors[50] == 0.51 and factors[99] == 1 - 99 / 400
-    assert factors[200] == 0.5 and factors[399] == 1 / 400
+@pytest.mark.parametrize("step, factor", [(0, 0.01), (50, 0.51), (99, 1 - 99 / 400), (200, 0.5), (399, 1 / 400)])
+def test_learning_rates_rise_over_100_steps_and_fall_to_0(state, step, factor):
+    state["step"] = step
+    take_step(state)
+    for name, peak in train.LEARNING_RATES.items():
+        assert state[name].param_groups[0]["lr"] == pytest.approx(factor * peak)
 
 
 def run_small(root, *flags):
-    train.main(["--root", str(root), "--batch_size", "64", "--device", "cpu", *map(str, flags)])
-    return generate.load_checkpoint(max((root / "checkpoints").iterdir()))
+    size = [] if "--resume" in flags else ["--batch_size", "64"]
+    train.main(["--root", str(root), "--device", "cpu", *size, *map(str, flags)])
+    return generate.load_checkpoint([*train.epoch_checkpoints(root).values()][-1])
 
 
 def test_the_loss_falls(tmp_path, small_mnist):
@@ -275,8 +263,8 @@ def test_a_run_depends_on_its_seed_alone(tmp_path, small_mnist):
 
 def test_checkpoints_come_as_promised(tmp_path, small_mnist):
     model, checkpoint = run_small(tmp_path, "--n_epochs", 5, "--save_every", 2)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "diffusion_epoch_2.pth", "diffusion_epoch_4.pth", "diffusion_epoch_5.pth"}
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*.*")} == {
+        ".lock", "latest.pth", "diffusion_epoch_2.pth", "diffusion_epoch_4.pth", "diffusion_epoch_5.pth"}
     assert set(checkpoint) == {"epoch", "model_state_dict", "loss", "config"}
     assert checkpoint["epoch"] == 5 and isinstance(checkpoint["loss"], float)
     assert checkpoint["config"] == dict(channels=1, image_size=28, time_steps=1000, widths=(32, 64))
@@ -294,6 +282,72 @@ def test_every_promised_flag_trains_and_samples(tmp_path, small_mnist, flag, val
     assert images.shape == (3, model.config["channels"], model.config["image_size"], model.config["image_size"])
 
 
+# ---- stopping and resuming ----
+def stop_at(step, number):
+    """Return a training_step that sends this process a signal before it does the run's n-th step."""
+    take_step = train.training_step
+
+    def training_step(network, state, *rest):
+        if state["step"] + 1 == step:
+            os.kill(os.getpid(), number)
+        take_step(network, state, *rest)
+    return training_step
+
+
+def saved_state(root):
+    """Return the content of latest.pth, without the times that it holds."""
+    state = train.load_tensors(root / train.LATEST)
+    state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
+    del state["seconds"]
+    return state
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run of three epochs of four steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_mnist(patch)
+        run_small(folder, "--n_epochs", 3, "--save_every", 1)
+    return folder
+
+
+@pytest.mark.parametrize("step, number", [(1, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT)])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, number, tmp_path, whole_run, small_mnist, monkeypatch,
+                                                            capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "training_step", stop_at(step, number))
+        run_small(tmp_path, "--n_epochs", 3, "--save_every", 1)
+    assert stop.value.code == 128 + number
+    assert f"--resume goes on from {tmp_path / train.LATEST}\n" in capsys.readouterr().err
+    assert saved_state(tmp_path)["step"] == step  # the running step has ended
+    run_small(tmp_path, "--resume")
+    torch.testing.assert_close(saved_state(tmp_path), saved_state(whole_run), rtol=0, atol=0)
+    for epoch, path in train.epoch_checkpoints(whole_run).items():
+        assert train.epoch_checkpoints(tmp_path)[epoch].read_bytes() == path.read_bytes()
+    logs = [[(row["epoch"], row["loss"]) for row in read_csv(root / "datas/train_log.csv")]
+            for root in (tmp_path, whole_run)]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_epochs(tmp_path, whole_run, small_mnist, capsys):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    assert "--n_epochs" in error_of(train.main, ["--root", str(tmp_path), "--resume"], capsys)
+    run_small(tmp_path, "--resume", "--n_epochs", 4)
+    state = train.load_tensors(tmp_path / train.LATEST)
+    assert [row["epoch"] for row in state["log"]] == [1, 2, 3, 4] and state["args"]["n_epochs"] == 4
+    assert state["muon"]["param_groups"][0]["lr"] == pytest.approx(0.02 * (1 - 15 / 16))  # planned anew, for 16 steps
+    assert max(train.epoch_checkpoints(tmp_path)) == 4
+
+
+def test_the_state_is_saved_from_time_to_time(tmp_path, small_mnist, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_INTERVAL", 0)
+    steps, save_state = [], train.save_state
+    monkeypatch.setattr(train, "save_state", lambda state, *_: steps.append(state["step"]) or save_state(state, *_))
+    run_small(tmp_path, "--n_epochs", 1)
+    assert steps == [0, 1, 2, 3, 4]
+
+
 # ---- command line ----
 def test_a_run_is_replaced_only_when_asked(tmp_path, small_mnist):
     run_small(tmp_path, "--n_epochs", 2, "--save_every", 1)
@@ -303,7 +357,8 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, small_mnist):
     assert (tmp_path / "checkpoints/diffusion_epoch_2.pth").exists()
     (tmp_path / "checkpoints/classifier.pth").touch()
     run_small(tmp_path, "--n_epochs", 1, "--overwrite")
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"diffusion_epoch_1.pth", "classifier.pth"}
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*.pth")} == {
+        "diffusion_epoch_1.pth", "latest.pth", "classifier.pth"}
     assert not (tmp_path / "datas/metrics.csv").exists()
 
 
