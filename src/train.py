@@ -384,14 +384,14 @@ def main(argv=None):
         if earlier:
             earlier += args.root.glob("datas/metrics*")
         stop = train(state, images, labels, args, [] if args.resume else earlier)
+    if is_first() and stop:
+        print(f"stopped in epoch {len(state['log']) + 1}; --resume goes on from {latest}", file=sys.stderr)
+    elif is_first():
+        print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
     if dist.is_initialized():
         dist.destroy_process_group()
     if stop:
-        if is_first():
-            print(f"stopped in epoch {len(state['log']) + 1}; --resume goes on from {latest}", file=sys.stderr)
         sys.exit(128 + stop)
-    if is_first():
-        print(f"checkpoints: {args.root / 'checkpoints'}  log and loss curve: {args.root / 'datas'}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def mnist():
     return {part: train.load_mnist(part) for part in (True, False)}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=10, help="processes to kill in test_kills_at_any_moment")
+
+
 def use_small_mnist(monkeypatch):
     """Give main() in this process few images: 500 test images; train.py 256 training images, test.py 3,000."""
     load = train.load_mnist
@@ -56,6 +60,14 @@ def read_csv(path):
     """Return the rows of a csv file as dicts of strings."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def saved_state(root):
+    """Return the content of latest.pth, without the times that it holds."""
+    state = train.load_tensors(root / train.LATEST)
+    state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
+    del state["seconds"]
+    return state
 
 
 def write_idx(path, array):

@@ -1,10 +1,15 @@
 """Bad input: one line on stderr that names the flag or file, an exit code that is not 0, nothing lost."""
+import multiprocessing
+import os
+import random
 import resource
 import shutil
+import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, call, error_of, use_small_mnist, write_checkpoint
+from conftest import REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist, write_checkpoint
+from PIL import Image
 
 import generate
 import test
@@ -340,3 +345,59 @@ def test_a_full_disk_leaves_the_old_files(stopped, small_mnist, full_disk, capsy
     after = contents(stopped)
     assert after.keys() == before.keys() | {stopped / "checkpoints/diffusion_epoch_2.pth"}
     assert {path: after[path] for path in before} == before
+
+
+def train_a_little(root, flags):
+    """Train three epochs of four steps, in a process of its own; save the state after every step."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    use_small_mnist(pytest.MonkeyPatch())
+    train.SAVE_INTERVAL = 0
+    settings = "--n_epochs 3 --save_every 1 --batch_size 64 --device cpu".split()
+    train.main(["--root", str(root), *settings, *flags])
+
+
+def check_files(root):
+    """Read every file that a run has written so far."""
+    for path in train.epoch_checkpoints(root).values():
+        generate.load_checkpoint(path)
+    for path in root.glob("datas/*.csv"):
+        assert [row["epoch"] for row in read_csv(path)] in (["1"], ["1", "2"], ["1", "2", "3"])
+    for path in root.glob("datas/*.png"):
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def test_kills_at_any_moment(tmp_path, request):
+    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["train"])
+
+    def start(root):
+        flags = ["--resume"] if (root / train.LATEST).exists() else []
+        process = context.Process(target=train_a_little, args=(root, flags))
+        process.start()
+        return process
+
+    def is_whole(root):
+        return (root / train.LATEST).exists() and saved_state(root)["step"] == 12
+
+    def check_whole(root):
+        torch.testing.assert_close(saved_state(root), saved_state(tmp_path / "uninterrupted"), rtol=0, atol=0)
+        for epoch, path in train.epoch_checkpoints(tmp_path / "uninterrupted").items():
+            assert train.epoch_checkpoints(root)[epoch].read_bytes() == path.read_bytes()
+        assert [row["epoch"] for row in read_csv(root / "datas/train_log.csv")] == ["1", "2", "3"]
+
+    start(tmp_path / "uninterrupted").join()
+    root = tmp_path / "0"
+    for number in range(request.config.getoption("--kills")):
+        process = start(root)
+        process.join(rng.uniform(0.3, 3))  # seconds
+        process.kill()
+        process.join()
+        check_files(root)
+        if is_whole(root):
+            check_whole(root)
+            root = tmp_path / str(number + 1)
+    if not is_whole(root):
+        start(root).join()
+    check_whole(root)

@@ -10,7 +10,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, call, error_of, read_csv, use_small_mnist
+from conftest import REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -294,14 +294,6 @@ def stop_at(step, number):
     return training_step
 
 
-def saved_state(root):
-    """Return the content of latest.pth, without the times that it holds."""
-    state = train.load_tensors(root / train.LATEST)
-    state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
-    del state["seconds"]
-    return state
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """The folder of a run of three epochs of four steps."""
@@ -346,6 +338,36 @@ def test_the_state_is_saved_from_time_to_time(tmp_path, small_mnist, monkeypatch
     monkeypatch.setattr(train, "save_state", lambda state, *_: steps.append(state["step"]) or save_state(state, *_))
     run_small(tmp_path, "--n_epochs", 1)
     assert steps == [0, 1, 2, 3, 4]
+
+
+# ---- several processes ----
+def run_processes(folder, count, *flags):
+    """Run train.py in that many processes for an epoch of 20 steps, or to resume one; return its stdout."""
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+    done = call(folder, *program, "src/train.py", "--device", "cpu", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_do_what_one_does_and_resume_each_other(small_repository):
+    roots = {count: small_repository / f"of_{count}" for count in (1, 2)}
+    for count, root in roots.items():
+        printed = run_processes(small_repository, count, "--root", root, "--batch_size", 150, "--n_epochs", 1)
+        assert printed.count("training 6") == printed.count("checkpoints: ") == 1
+    for epoch in (1, 2):
+        one, two = (saved_state(root) for root in roots.values())
+        assert one["step"] == two["step"] == 20 * epoch and [n for n, _ in one["log"]] == [*range(1, epoch + 1)]
+        torch.testing.assert_close(one["log"], two["log"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(one["ema"], two["ema"], rtol=0, atol=2e-3)
+        if epoch == 1:
+            for count, root in roots.items():
+                run_processes(small_repository, 3 - count, "--root", root, "--resume", "--n_epochs", 2)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(small_repository):
+    done = call(small_repository, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "src/train.py",
+                "--root", "odd", "--batch_size", 25, "--device", "cpu")
+    assert done.returncode == 1 and "--batch_size 25" in done.stderr
 
 
 # ---- command line ----
