@@ -248,18 +248,19 @@ def make_optimizers(model):
 
 
 def training_loss(network, alphas_cumprod, x_0, labels, rng):
-    """Return the noise's mean squared error (DDPM, eq. 14), weighted, with t spread evenly over the batch.
+    """Return the noise's mean squared error (DDPM, eq. 14), weighted; t / T is logit-normal (Esser et al. 2024).
 
     Of several processes each draws for the whole batch, x_0 (B, C, H, W) and labels (B,), and computes its share.
     """
     batch_size, device, time_steps = len(x_0), x_0.device, len(alphas_cumprod)
     noise = torch.randn(x_0.shape, generator=rng, device=device)
     places = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=rng, device=device)
-    t = (places * (time_steps / batch_size)).long().clamp(max=time_steps - 1)
+    places = (torch.special.ndtri(places / batch_size) - 0.8).sigmoid()  # most at middle t, where the digit takes shape
+    t = (places * time_steps).long().clamp(max=time_steps - 1)
     nameless = torch.rand(batch_size, generator=rng, device=device) < 0.1
     labels = labels.masked_fill(nameless, NULL_LABEL)
     x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
-    weights = alphas_cumprod[t].rsqrt().float()  # high t, where the digit takes shape, counts for more
+    weights = alphas_cumprod[t].rsqrt().float()  # halfway between the errors of eps, 1, and of v, 1 / a
     share = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         eps = network(x_t[share], t[share], labels[share])

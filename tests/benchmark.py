@@ -3,6 +3,7 @@
     python tests/benchmark.py training   images per second, beside a textbook loop and a matrix product: a minute or two
     python tests/benchmark.py sampling   digits per second, beside the network's bare forward pass: a minute
     python tests/benchmark.py samplers   Frechet distance and time of every sampler: hours on a CPU, minutes on a GPU
+    python tests/benchmark.py recipe     quality without one of the recipe's choices at a time: an hour on two cores
 """
 import argparse
 import platform
@@ -12,9 +13,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
@@ -22,6 +25,7 @@ from torchvision.transforms import ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+import train
 from common import REPOSITORY, bounded, generator, has_bf16, make_parser, run
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
 from test import CLASSIFIER, classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
@@ -159,13 +163,18 @@ def sampling_speed(args):
 
 
 @torch.inference_mode()
+def reference(args):
+    """Return classifier, the test images' features (10000, 128), and the labels (N,) of the digits to generate."""
+    classifier = load_classifier(CLASSIFIER, args.device)
+    images, labels = load_mnist(False, device=args.device)
+    return classifier, classify(classifier, mnist_pixels(images), 500)[0], spread_labels(labels, args.n_samples)
+
+
+@torch.inference_mode()
 def sampler_table(args):
     """Print classifier FID, with its standard deviation over seeds, and the seconds for 1,000 digits."""
     model, _ = load_checkpoint(args.checkpoint_path, args.device)
-    classifier = load_classifier(CLASSIFIER, args.device)
-    images, test_labels = load_mnist(False, device=args.device)
-    real, _ = classify(classifier, mnist_pixels(images), 500)
-    labels = spread_labels(test_labels, args.n_samples)
+    classifier, real, labels = reference(args)
 
     def cell(sampler, steps):
         distances, times = [], []
@@ -184,18 +193,91 @@ def sampler_table(args):
         print(f"| {sampler} | {' | '.join(cell(sampler, steps) for steps in args.steps)} |", flush=True)
 
 
+class EpsUnet(train.SimpleUnet):
+    """A U-Net whose layers make eps at once, instead of v."""
+
+    def forward(self, x_t, t, labels):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (super().forward(x_t, t, labels) - (1 - a).sqrt().to(x_t) * x_t) / a.sqrt().to(x_t)
+
+
+class UnlabelledUnet(train.SimpleUnet):
+    """A U-Net whose label embedding starts from 0."""
+
+    def __init__(self, *form):
+        super().__init__(*form)
+        torch.nn.init.zeros_(self.label_embedding.weight)
+
+
+def ddpm_loss(network, alphas_cumprod, x_0, labels, rng):
+    """Return DDPM's loss: every t as often, every t the same weight."""
+    t = torch.randint(len(alphas_cumprod), labels.shape, generator=rng, device=x_0.device)
+    noise = torch.randn(x_0.shape, generator=rng, device=x_0.device)
+    labels = labels.where(torch.rand(labels.shape, generator=rng, device=x_0.device) >= 0.1, train.NULL_LABEL)
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
+        eps = network(forward_diffusion_sample(x_0, t, noise, alphas_cumprod), t, labels)
+    return F.mse_loss(eps, noise)
+
+
+def adamw_alone(model):
+    """Return two AdamW in place of Muon and AdamW."""
+    muon, adamw = MAKE_OPTIMIZERS(model)
+    return torch.optim.AdamW(muon.param_groups[0]["params"], betas=(0.9, 0.99), weight_decay=0, fused=True), adamw
+
+
+MAKE_OPTIMIZERS, TRAINING_STEP = train.make_optimizers, train.training_step
+RECIPES = {
+    "the recipe": {},
+    "every t as often and as heavy (DDPM's loss)": {"training_loss": ddpm_loss},
+    "the layers make eps, not v": {"SimpleUnet": EpsUnet},
+    "AdamW at 0.002 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.002, "adamw": 0.002}},
+    "AdamW at 0.005 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.005, "adamw": 0.005}},
+    "no average of the weights": {"get_ema_multi_avg_fn": lambda decay: get_ema_multi_avg_fn(0.0)},
+    "a rate that does not fall": {"training_step": lambda *rest: TRAINING_STEP(*rest[:-1], float("inf"))},
+    "label embedding from 0": {"SimpleUnet": UnlabelledUnet},
+}
+
+
+def recipe_table(args):
+    """Train with one choice at a time taken back; print what the digits are worth then."""
+    classifier, real, labels = reference(args)
+    images, digits = load_mnist(True, device=args.device)
+    form = argparse.Namespace(channels=1, image_size=28, time_steps=1000, seed=args.seed, device=args.device)
+    steps = len(images) // args.batch_size
+    print(f"{args.n_epochs} epochs, batch {args.batch_size}; {args.n_samples:,} digits\n\n"
+          "| | accuracy | classifier FID |\n|---|---|---|")
+    for name, changes in RECIPES.items():
+        with mock.patch.multiple(train, **changes):
+            state = train.new_state(form)
+            for epoch in range(args.n_epochs):
+                rng = generator(args.device, args.seed, 0, epoch)
+                order = torch.randperm(len(images), generator=rng, device=args.device)
+                for batch in order.split(args.batch_size)[:steps]:
+                    train.training_step(state["model"], state, images[batch] / 127.5 - 1, digits[batch], args.seed,
+                                        args.n_epochs * steps)
+        with torch.inference_mode():
+            made = sample(state["ema"], labels, seed=args.seed)[-1]
+            features, read = classify(classifier, mnist_pixels(made.to(args.device)), 500)
+        accuracy = (read == labels).double().mean().item()
+        print(f"| {name} | {accuracy:.2%} | {frechet_distance(features, real):.4f} |", flush=True)
+
+
+TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table, "recipe": recipe_table}
+
+
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=("training", "sampling", "samplers"))
+    parser.add_argument("what", choices=TABLES)
     parser.add_argument("--checkpoint_path", type=Path, default=REPOSITORY / "checkpoints/pretrained.pth")
     parser.add_argument("--batch_size", type=bounded(int, 1, 2000), default=128, help="images in a training step")
+    parser.add_argument("--n_epochs", type=bounded(int, 1), default=5, help="for each row of the recipe's table")
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=list(SAMPLERS), help="rows of the table")
     parser.add_argument("--steps", type=bounded(int, 1), nargs="+", default=[5, 10, 20, 50, 1000], help="its columns")
     parser.add_argument("--n_samples", type=bounded(int, 2000, 50_000), default=10_000, help="digits for a distance")
     parser.add_argument("--seeds", type=bounded(int, 1, 100), default=3, help="repetitions of each")
     args = parser.parse_args(argv)
     print(hardware(args.device))
-    {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table}[args.what](args)
+    TABLES[args.what](args)
 
 
 if __name__ == "__main__":
