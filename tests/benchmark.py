@@ -227,7 +227,7 @@ def adamw_alone(model):
 
 MAKE_OPTIMIZERS, TRAINING_STEP = train.make_optimizers, train.training_step
 RECIPES = {
-    "the recipe": {},
+    "the recipe": {"training_step": TRAINING_STEP},
     "every t as often and as heavy (DDPM's loss)": {"training_loss": ddpm_loss},
     "the layers make eps, not v": {"SimpleUnet": EpsUnet},
     "AdamW at 0.002 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.002, "adamw": 0.002}},
