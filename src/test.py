@@ -232,7 +232,7 @@ def evaluate(paths, latent_model, classifier, args):
     test_set, train_set = load_mnist(False, *form), load_mnist(True, *form)
     labels = spread_labels(test_set[1], args.n_samples)
     judge, copies = make_judge(latent_model, classifier, test_set, train_set, args)
-    real = judge(pick_images(*train_set, labels), labels)[0][:-1] + [copies]
+    real = [*judge(pick_images(*train_set, labels), labels)[0][:-1], copies]
     for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
         mse, profile = noise_mse(model, *test_set, args.batch_size)

@@ -286,13 +286,12 @@ def test_reference_of_other_data_is_made_again(kept):
 
 # ---- MSE ----
 # ---- MSE ----
-class KnownError(torch.nn.Module):
+class KnownMiss(torch.nn.Module):
     """Knows the clean images, so its error is what it adds to the true noise."""
-
-    config = {"time_steps": 1000}
 
     def __init__(self, images, error):
         super().__init__()
+        self.config = {"time_steps": 1000}
         self.x_0, self.error, self.seen = images / 127.5 - 1, error, 0
 
     def forward(self, x_t, t, labels):
@@ -305,19 +304,19 @@ class KnownError(torch.nn.Module):
 @pytest.mark.parametrize("error", [0, 0.5])
 def test_mse_is_the_error_of_the_noise(mnist, error):
     images, labels = (values[:300] for values in mnist[False])
-    mse, profile = test.noise_mse(KnownError(images, error), images, labels, 128)
+    mse, profile = test.noise_mse(KnownMiss(images, error), images, labels, 128)
     assert mse == pytest.approx(error**2, abs=1e-6)
     assert profile == pytest.approx([error**2] * 10, abs=1e-6)
 
 
-class ErrorOfT(KnownError):
+class GrowsWithT(KnownMiss):
     def forward(self, x_t, t, labels):
         return super().forward(x_t, t, labels) + (t // 100).view(-1, 1, 1, 1)
 
 
 def test_profile_goes_from_the_first_t_to_the_last(mnist):
     images, labels = (values[:500] for values in mnist[False])
-    mse, profile = test.noise_mse(ErrorOfT(images, 0), images, labels, 128)
+    mse, profile = test.noise_mse(GrowsWithT(images, 0), images, labels, 128)
     assert profile == pytest.approx([i**2 for i in range(10)], abs=1e-4)
     assert mse == pytest.approx(28.5)
 
@@ -487,13 +486,13 @@ def test_seeds_give_mean_and_standard_deviation(evaluation, tmp_path, capsys):
 
 
 def test_damaged_table_is_left_alone(evaluation, tmp_path, capsys):
-    run, sampled, rows = evaluation
+    run, *_ = evaluation
     run("--epochs", "10")
     path = tmp_path / "datas/metrics.csv"
     content = path.read_bytes()
     for damaged in (content[:-40], content[1:], content.replace(b",0.", b",o.", 1), content + b"\xff,", b""):
         path.write_bytes(damaged)
-        with pytest.raises(train.InputError, match="metrics.csv"):
+        with pytest.raises(train.InputError, match=r"metrics\.csv"):
             run("--epochs", "10")
         assert path.read_bytes() == damaged
 
