@@ -32,9 +32,12 @@ CHUNK = 100  # images sampled together, always, so that image i depends on the s
 # floats, that is float64.
 
 def noise_levels(time_steps, steps):
-    """Return [(t, a, a_next)], t evenly spaced from T - 1, where x_t is noise, to a_next = 1: no noise is left."""
+    """Return [(t, a, a_next)] from t = T - 1, where x_t is noise, to a_next = 1: no noise is left.
+
+    Steps grow shorter towards the clean image: t as (i / steps)^1.5, but never two at one t. T steps visit every t.
+    """
     alphas_cumprod = cumulative_alphas(time_steps).tolist()
-    t = [round(time_steps * (steps - i) / steps) - 1 for i in range(steps)]
+    t = [max(round(time_steps * (i / steps) ** 1.5), i) - 1 for i in range(steps, 0, -1)]
     a = [alphas_cumprod[i] for i in t]
     return list(zip(t, a, [*a[1:], 1.0], strict=True))
 
