@@ -141,10 +141,7 @@ class SimpleUnet(nn.Module):
         h = self.upsample(h)  # (B, b, H/2, W/2)
         h = self.up3(torch.cat([h, h2], dim=1), emb)
         h = self.up4(torch.cat([h, h1], dim=1), emb)
-        # The layers make v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho 2022), of variance about 1 at every t.
-        v = F.pixel_shuffle(self.conv_out(F.silu(normalize(h))), 2)
-        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - a).sqrt().to(x_t) * x_t + a.sqrt().to(x_t) * v
+        return F.pixel_shuffle(self.conv_out(F.silu(normalize(h))), 2)
 
 
 # ---- data ----

@@ -193,12 +193,12 @@ def sampler_table(args):
         print(f"| {sampler} | {' | '.join(cell(sampler, steps) for steps in args.steps)} |", flush=True)
 
 
-class EpsUnet(train.SimpleUnet):
-    """A U-Net whose layers make eps at once, instead of v."""
+class VUnet(train.SimpleUnet):
+    """A U-Net whose layers make v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho 2022), from which eps follows."""
 
     def forward(self, x_t, t, labels):
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (super().forward(x_t, t, labels) - (1 - a).sqrt().to(x_t) * x_t) / a.sqrt().to(x_t)
+        return (1 - a).sqrt().to(x_t) * x_t + a.sqrt().to(x_t) * super().forward(x_t, t, labels)
 
 
 class UnlabelledUnet(train.SimpleUnet):
@@ -229,7 +229,7 @@ MAKE_OPTIMIZERS, TRAINING_STEP = train.make_optimizers, train.training_step
 RECIPES = {
     "the recipe": {"training_step": TRAINING_STEP},
     "every t as often and as heavy (DDPM's loss)": {"training_loss": ddpm_loss},
-    "the layers make eps, not v": {"SimpleUnet": EpsUnet},
+    "the layers make v, not eps": {"SimpleUnet": VUnet},
     "AdamW at 0.002 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.002, "adamw": 0.002}},
     "AdamW at 0.005 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.005, "adamw": 0.005}},
     "no average of the weights": {"get_ema_multi_avg_fn": lambda decay: get_ema_multi_avg_fn(0.0)},

@@ -75,14 +75,7 @@ def test_unet_takes_the_same_share_of_every_t_alike(small_model):
     other = train.SimpleUnet(time_steps=200, widths=(8, 16))
     other.load_state_dict(small_model.state_dict())
     x, labels = torch.randn(1, 1, 28, 28), torch.tensor([3])
-    torch.testing.assert_close(v_of(other, x, torch.tensor([100]), labels),
-                               v_of(small_model, x, torch.tensor([500]), labels), atol=1e-4, rtol=1e-4)
-
-
-def v_of(model, x_t, t, labels):
-    """Return what the layers make, before it becomes eps: sqrt(a) v = eps - sqrt(1 - a) x_t."""
-    a = train.cumulative_alphas(model.config["time_steps"])[t].float().view(-1, 1, 1, 1)
-    return (model(x_t, t, labels) - (1 - a).sqrt() * x_t) / a.sqrt()
+    torch.testing.assert_close(other(x, torch.tensor([100]), labels), small_model(x, torch.tensor([500]), labels))
 
 
 # ---- data ----
@@ -255,7 +248,8 @@ def test_the_loss_falls(tmp_path, small_mnist):
     log = read_csv(tmp_path / "datas/train_log.csv")
     assert [row["epoch"] for row in log] == [str(n) for n in range(1, 13)]
     assert list(log[0]) == ["epoch", "loss", "seconds", "images_per_second"]
-    assert 0.4 < float(log[0]["loss"]) < 0.7 and float(log[-1]["loss"]) < 0.6 * float(log[0]["loss"])
+    assert 3 < float(log[0]["loss"]) < 3.6  # at first eps is 0, and the loss the mean of the weights
+    assert float(log[-1]["loss"]) < 0.2 * float(log[0]["loss"])
 
 
 def test_a_run_depends_on_its_seed_alone(tmp_path, small_mnist):
@@ -416,6 +410,6 @@ def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
     benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert re.findall(r"^(.+?)  +\d+ ", printed, re.M) == ["training", "textbook loop", "matrix product"]
+    assert re.findall(r"^(.+?)  +\d+ ", printed, re.MULTILINE) == ["training", "textbook loop", "matrix product"]
     mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
     assert mflop == pytest.approx(3 * 92.5, rel=0.03)  # backwards costs twice as much as forwards
