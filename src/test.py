@@ -276,7 +276,7 @@ def print_row(row, first):
     """Print a row of metrics.csv, above the first one the head of the table and what real digits get."""
     def line(name, column):
         values = [row.get(column.format(metric), math.nan) for metric in ("mse", *METRICS)]
-        print("{:>6}{:9.5f}{:12.4f}{:16.4f}{:11.3f}{:8.3f}{:10.2%}{:8.2%}".format(name, *values).replace("nan", "  -"))
+        print("{:>6} {:8.5f}{:12.4f}{:16.4f}{:11.3f}{:8.3f}{:10.2%}{:8.2%}".format(name, *values).replace("nan", "  -"))
 
     if first:
         print("{n_samples:,} digits; seeds: {seeds}; latent space: epoch {latent_epoch}\n epoch      mse  fid_latent"

@@ -285,7 +285,6 @@ def test_reference_of_other_data_is_made_again(kept):
 
 
 # ---- MSE ----
-# ---- MSE ----
 class KnownMiss(torch.nn.Module):
     """Knows the clean images, so its error is what it adds to the true noise."""
 
