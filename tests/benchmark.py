@@ -213,7 +213,8 @@ def ddpm_loss(network, alphas_cumprod, x_0, labels, rng):
     """Return DDPM's loss: every t as often, every t the same weight."""
     t = torch.randint(len(alphas_cumprod), labels.shape, generator=rng, device=x_0.device)
     noise = torch.randn(x_0.shape, generator=rng, device=x_0.device)
-    labels = labels.where(torch.rand(labels.shape, generator=rng, device=x_0.device) >= 0.1, train.NULL_LABEL)
+    nameless = torch.rand(labels.shape, generator=rng, device=x_0.device) < train.LABEL_DROPOUT
+    labels = labels.masked_fill(nameless, train.NULL_LABEL)
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(forward_diffusion_sample(x_0, t, noise, alphas_cumprod), t, labels)
     return F.mse_loss(eps, noise)
@@ -234,6 +235,7 @@ RECIPES = {
     "AdamW at 0.005 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.005, "adamw": 0.005}},
     "no average of the weights": {"get_ema_multi_avg_fn": lambda decay: get_ema_multi_avg_fn(0.0)},
     "a rate that does not fall": {"training_step": lambda *rest: TRAINING_STEP(*rest[:-1], float("inf"))},
+    "a tenth of the labels hidden": {"LABEL_DROPOUT": 0.1},
     "label embedding from 0": {"SimpleUnet": UnlabelledUnet},
 }
 

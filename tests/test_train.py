@@ -174,11 +174,11 @@ def test_x_t_has_the_noise_that_its_t_asks_for():
         assert part.mean().item() == pytest.approx(0, abs=0.02) and part.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_a_tenth_of_the_labels_is_dropped():
+def test_labels_are_dropped_at_their_rate():
     model = Recorder()
     loss_of(model, 10000)
     assert set(model.labels.tolist()) == {3, train.NULL_LABEL}
-    assert (model.labels == train.NULL_LABEL).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (model.labels == train.NULL_LABEL).float().mean().item() == pytest.approx(train.LABEL_DROPOUT, abs=0.005)
 
 
 def test_optimizers_move_every_weight_once():
