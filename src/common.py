@@ -92,13 +92,13 @@ def greatest(signals):
 
 
 @contextlib.contextmanager
-def first_on_each_machine():
-    """Let the first process on each machine finish the block before the others begin it."""
-    local_rank = dist.get_node_local_rank(0)
-    if dist.is_initialized() and local_rank > 0:
+def in_turn():
+    """Let the processes go through the block one after another."""
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 0)
+    for _ in range(rank):
         dist.barrier()
     yield
-    if dist.is_initialized() and local_rank == 0:
+    for _ in range(rank, count):
         dist.barrier()
 
 
@@ -146,6 +146,8 @@ def locked(path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{path} is locked, another run trains there: wait, or choose another --root") from error
+        except OSError:  # a file system without locks, as on some clusters
+            pass
         yield
 
 
@@ -178,6 +180,13 @@ def epoch_checkpoints(root):
     return dict(sorted((int(match[1]), root / "checkpoints" / match[0]) for match in matches if match))
 
 
+def earlier_files(root):
+    """Return the files of the run that root holds, but for its state, and of its evaluation."""
+    pattern = r"train_log\.(csv|png)|metrics(_profile)?\.(csv|png)|metrics_closest_\d+\.png"
+    datas = [path for path in root.glob("datas/*") if re.fullmatch(pattern, path.name)]
+    return [*epoch_checkpoints(root).values(), *datas]
+
+
 # ---- flags ----
 def bounded(kind, minimum, maximum=10**9):
     """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
@@ -190,19 +199,24 @@ def bounded(kind, minimum, maximum=10**9):
 
 
 def usable_device(text):
-    """The argparse type of --device."""
+    """The argparse type of --device. cuda is the first GPU, under torchrun each process's own."""
     match = re.fullmatch(r"cpu|cuda(?::(\d\d?))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
     if text == "cpu":
         return torch.device("cpu")
-    index = int(match[1] or os.environ.get("LOCAL_RANK", 0))  # torchrun numbers the processes on a machine
+    own = os.environ.get("LOCAL_RANK")  # torchrun numbers the processes on a machine
+    if match[1] and own:
+        raise argparse.ArgumentTypeError("must be cuda, without a number, under torchrun, which deals out the GPUs")
+    index = int(match[1] or own or 0)
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no cuda:{index} here that torch can use; try --device cpu")
     return torch.device("cuda", index)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of every flag that has one."""
+
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 

@@ -15,16 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, bounded, catching, epoch_checkpoints, first_on_each_machine, generator,
-                    greatest, has_bf16, is_first, keep_freed_memory, load_tensors, locked, make_folder,
-                    make_parser, refuse_contradictions, replacing, run, save_tensors, write_csv)
+from common import (REPOSITORY, InputError, bounded, catching, earlier_files, epoch_checkpoints, generator, greatest,
+                    has_bf16, in_turn, is_first, keep_freed_memory, load_tensors, locked, make_folder, make_parser,
+                    refuse_contradictions, replacing, run, save_tensors, write_csv)
 
 NULL_LABEL = 10  # "any digit"
 MIN_TIME_STEPS = 21  # at T = 20 the last beta would be 1
@@ -171,8 +170,8 @@ def load_mnist(train, image_size=28, channels=1, device="cpu"):
 
 # ---- checkpoints ----
 def new_state(args):
-    """Return all that training changes: model, ema, muon, adamw; step, of the run; what the epoch has had so far of
-    total_loss, a tensor (), and seconds; log, a list of rows."""
+    """Return all that training changes: model; ema, its average; muon, adamw; step, the number of those taken in the
+    run; total_loss, a tensor (), and seconds of the epoch so far; log, a list of the epochs' rows."""
     torch.manual_seed(args.seed)
     model = SimpleUnet(args.channels, args.image_size, args.time_steps).to(args.device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -213,7 +212,7 @@ def load_state(path, parser, argv):
             raise InputError(f"{path} has had its {len(state['log'])} epochs: ask for more by --n_epochs")
     except FileNotFoundError as error:
         raise InputError(f"there is no {path} to resume: start without --resume") from error
-    except InputError:
+    except (InputError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise InputError(f"{path}: damaged, or not the state of a run; start anew with --overwrite") from error
@@ -295,17 +294,17 @@ def train(state, images, labels, args, earlier):
     model, size, steps = state["model"], args.batch_size, len(images) // args.batch_size
     if dist.is_initialized() and size % dist.get_world_size():
         raise InputError(f"--batch_size {size} cannot be shared evenly among {dist.get_world_size()} processes")
-    network = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
     saved = time.perf_counter()
     with catching(signal.SIGINT, signal.SIGTERM) as signals, \
             tqdm(total=args.n_epochs * steps * size, initial=state["step"] * size, unit=" images", unit_scale=True,
                  disable=not is_first()) as bar:
-        for epoch in range(state["step"] // steps + 1, args.n_epochs + 1):
+        for epoch in range(len(state["log"]) + 1, args.n_epochs + 1):
             bar.set_description(f"epoch {epoch}/{args.n_epochs}")
             start = time.perf_counter() - state["seconds"]
             rng = generator(args.device, args.seed, 0, epoch - 1)
             order = torch.randperm(len(images), generator=rng, device=args.device).split(size)[:steps]
-            for batch in order[state["step"] % steps:]:
+            for batch in order[state["step"] - (epoch - 1) * steps:]:
                 stop, now = greatest(signals), time.perf_counter()
                 state["seconds"] = now - start
                 if is_first() and (stop or now - saved > SAVE_INTERVAL):
@@ -325,13 +324,13 @@ def train(state, images, labels, args, earlier):
 def end_epoch(state, seconds, args, steps, earlier):
     """Log the epoch; write its checkpoint if it is one of those that args.save_every asks for, or the last."""
     check_finite(state)
+    if is_first() and not state["log"]:  # no checkpoint without a state, nor beside another run's
+        save_state(state, args, earlier)
     epoch, loss = len(state["log"]) + 1, state["total_loss"].item() / steps
     state["log"].append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3),
                              images_per_second=round(steps * args.batch_size / seconds)))
     state["total_loss"].zero_()
     state["seconds"] = 0.0
-    if is_first() and earlier:
-        save_state(state, args, earlier)
     if is_first() and (epoch % args.save_every == 0 or epoch == args.n_epochs):
         save_tensors(args.root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
             epoch=epoch, model_state_dict=state["ema"].state_dict(), loss=loss, config=state["model"].config))
@@ -350,7 +349,7 @@ def plot_losses(path, log):
 
 
 # ---- command line ----
-def main(argv=None):
+def training_parser():
     parser = make_parser(__doc__)
     parser.add_argument("--n_epochs", type=bounded(int, 1), default=1000, help="passes over the training images")
     parser.add_argument("--batch_size", type=bounded(int, 1, 60_000), default=256, help="images in a step")
@@ -361,29 +360,32 @@ def main(argv=None):
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--resume", action="store_true", help="go on with the run that --root holds")
     choice.add_argument("--overwrite", action="store_true", help="replace the run that --root holds")
+    return parser
+
+
+def main(argv=None):
+    parser = training_parser()
     args = parser.parse_args(argv)
     keep_freed_memory()
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if dist.is_torchelastic_launched():  # by torchrun
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
     latest = args.root / LATEST
-    state, args = load_state(latest, parser, argv) if args.resume else (new_state(args), args)
-    with first_on_each_machine():  # unpacks what the others then find
-        images, labels = load_mnist(True, args.image_size, args.channels, args.device)
     make_folder(args.root / "checkpoints")
     make_folder(args.root / "datas")
     with locked(args.root / "checkpoints/.lock"):
-        earlier = [*epoch_checkpoints(args.root).values(), *args.root.glob("datas/train_log.*")]
-        if (earlier or latest.exists()) and not (args.resume or args.overwrite):
-            raise InputError(f"{[*earlier, latest][0]} is of an earlier run: go on with it by --resume, replace it by "
-                             "--overwrite, or choose another --root")
+        first = [*epoch_checkpoints(args.root).values(), latest][0]
+        if first.exists() and not (args.resume or args.overwrite):
+            raise InputError(f"{first} is of an earlier run: go on with it by --resume, replace it by --overwrite, or "
+                             "choose another --root")
+        state, args = load_state(latest, parser, argv) if args.resume else (new_state(args), args)
+        with in_turn():  # the first one unpacks what the others then find
+            images, labels = load_mnist(True, args.image_size, args.channels, args.device)
         if is_first():
             print(f"training {sum(p.numel() for p in state['model'].parameters()):,} parameters on {args.device}, "
                   f"in {'bfloat16' if has_bf16(args.device) else 'float32'}")
-        if earlier:
-            earlier += args.root.glob("datas/metrics*")
-        stop = train(state, images, labels, args, [] if args.resume else earlier)
+        stop = train(state, images, labels, args, earlier_files(args.root) if args.overwrite else [])
     if is_first() and stop:
         print(f"stopped in epoch {len(state['log']) + 1}; --resume goes on from {latest}", file=sys.stderr)
     elif is_first():

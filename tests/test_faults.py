@@ -1,4 +1,5 @@
 """Bad input: one line on stderr that names the flag or file, an exit code that is not 0, nothing lost."""
+import errno
 import multiprocessing
 import os
 import random
@@ -14,6 +15,12 @@ from PIL import Image
 import generate
 import test
 import train
+from common import epoch_checkpoints
+
+
+def contents(folder):
+    """Return {path: bytes} of all files under the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- flags ----
@@ -35,6 +42,7 @@ import train
     (train.main, "--learning_rate 1", "--learning_rate"),
     (generate.main, "--n_samples 0", "--n_samples"),
     (generate.main, "--epochs 0", "--epochs"),
+    (generate.main, "--epochs 5 --checkpoint_path some.pth", "--checkpoint_path"),
     (generate.main, "--labels 10", "--labels"),
     (generate.main, "--labels 9-0", "--labels"),
     (generate.main, "--labels ", "--labels"),
@@ -50,7 +58,7 @@ import train
 ])
 def test_bad_flags(main, flags, named, tmp_path, capsys):
     assert named in error_of(main, ["--root", str(tmp_path), *flags.split(" ")], capsys)
-    assert not list(tmp_path.iterdir())
+    assert not any(contents(tmp_path).values())
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "test"])
@@ -72,8 +80,7 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--steps 1001", "1000"), ("--sampler ddpm --eta 0.5", "--eta"), ("--out digits.jpg", "--out"),
-    ("--out /dev/null/digits.npz", "/dev/null")])
+    ("--steps 1001", "1000"), ("--sampler ddpm --eta 0.5", "--eta"), ("--out /dev/null/digits.npz", "/dev/null")])
 def test_settings_that_do_not_go_together(flags, named, small_model, tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
     assert named in error_of(generate.main, ["--root", str(tmp_path), *flags.split()], capsys)
@@ -93,11 +100,6 @@ def finished(tmp_path_factory):
         use_small_mnist(patch)
         train.main(["--root", str(folder), "--n_epochs", "1", "--batch_size", "64", "--device", "cpu"])
     return folder
-
-
-def contents(folder):
-    """Return {path: bytes} of all files under the folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def truncated(path):
@@ -191,7 +193,7 @@ def of_a_narrower_network(path):
     torch.save(saved | {"model": train.SimpleUnet(widths=(8, 16)).state_dict()}, path)
 
 
-@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, text, list_of_numbers, hostile, folder,
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, text, list_of_numbers, hostile,
                                     of_a_finished_model, of_a_narrower_network])
 def test_damaged_state(damage, stopped, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -201,6 +203,17 @@ def test_damaged_state(damage, stopped, tmp_path, monkeypatch, capsys):
     message = error_of(train.main, ["--root", str(stopped), "--resume"], capsys)
     assert str(path) in message and "--overwrite" in message
     assert contents(stopped) == before and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name, error", [("load_tensors", PermissionError(13, "Permission denied", train.LATEST)),
+                                         ("new_state", torch.OutOfMemoryError(f"no room for {train.LATEST}"))])
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(name, error, stopped, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, name, fail)
+    message = error_of(train.main, ["--root", str(stopped), "--resume"], capsys)
+    assert train.LATEST in message and "--overwrite" not in message
 
 
 def test_no_state_to_resume(tmp_path, capsys):
@@ -244,7 +257,7 @@ def missing(archive):
 def test_damaged_archive(damage, copied_mnist, tmp_path, capsys):
     damage(copied_mnist / "train-images-idx3-ubyte.gz")
     assert str(copied_mnist) in error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
-    assert not (tmp_path / "run").exists()
+    assert not any(contents(tmp_path / "run").values())
 
 
 @pytest.mark.parametrize("damage", [truncated, empty])
@@ -300,6 +313,32 @@ def test_a_second_run_under_one_root_is_refused(stopped, capsys):
     assert contents(stopped) == before
 
 
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, small_mnist, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("common.fcntl.flock", flock)
+    train.main(["--root", str(tmp_path), "--n_epochs", "1", "--batch_size", "256", "--device", "cpu"])
+    assert list(epoch_checkpoints(tmp_path)) == [1]
+
+
+def test_a_first_checkpoint_that_could_not_be_written_is_written_on_resuming(stopped, small_mnist, monkeypatch, capsys):
+    checkpoint, = epoch_checkpoints(stopped).values()
+    content, save_tensors = checkpoint.read_bytes(), train.save_tensors
+
+    def fail(path, *rest):
+        if path == checkpoint:
+            raise OSError("full")
+        save_tensors(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_tensors", fail)
+        flags = "--overwrite --n_epochs 1 --batch_size 64 --device cpu".split()
+        assert "full" in error_of(train.main, ["--root", str(stopped), *flags], capsys)
+    train.main(["--root", str(stopped), "--resume"])
+    assert checkpoint.read_bytes() == content
+
+
 def not_finite(loss, model):
     return loss * torch.inf
 
@@ -323,7 +362,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_not_saved(spoil, interval, t
     monkeypatch.setattr(train, "SAVE_INTERVAL", interval)
     flags = "--n_epochs 3 --batch_size 64 --save_every 1 --device cpu".split()
     assert "epoch 2" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
-    assert list(train.epoch_checkpoints(tmp_path)) == [1] and len(calls) <= 8
+    assert list(epoch_checkpoints(tmp_path)) == [1] and len(calls) <= 8
     if interval == 0:
         saved = train.load_tensors(tmp_path / train.LATEST)
         assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["ema"].values())
@@ -359,7 +398,7 @@ def train_a_little(root, flags):
 
 def check_files(root):
     """Read every file that a run has written so far."""
-    for path in train.epoch_checkpoints(root).values():
+    for path in epoch_checkpoints(root).values():
         generate.load_checkpoint(path)
     for path in root.glob("datas/*.csv"):
         assert [row["epoch"] for row in read_csv(path)] in (["1"], ["1", "2"], ["1", "2", "3"])
@@ -383,8 +422,8 @@ def test_kills_at_any_moment(tmp_path, request):
 
     def check_whole(root):
         torch.testing.assert_close(saved_state(root), saved_state(tmp_path / "uninterrupted"), rtol=0, atol=0)
-        for epoch, path in train.epoch_checkpoints(tmp_path / "uninterrupted").items():
-            assert train.epoch_checkpoints(root)[epoch].read_bytes() == path.read_bytes()
+        for epoch, path in epoch_checkpoints(tmp_path / "uninterrupted").items():
+            assert epoch_checkpoints(root)[epoch].read_bytes() == path.read_bytes()
         assert [row["epoch"] for row in read_csv(root / "datas/train_log.csv")] == ["1", "2", "3"]
 
     start(tmp_path / "uninterrupted").join()

@@ -5,7 +5,11 @@ import os
 import re
 import shutil
 import signal
-from argparse import Namespace
+import subprocess
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,10 +19,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from scipy.special import logit
 from scipy.stats import norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import generate
+import test
 import train
+from common import epoch_checkpoints, usable_device
 
 
 # ---- noise schedule ----
@@ -210,13 +217,19 @@ def test_muon_orthogonalises_the_step_of_a_kernel():
 
 
 @pytest.fixture
-def state():
-    return train.new_state(Namespace(channels=1, image_size=28, time_steps=1000, seed=0, device=torch.device("cpu")))
+def form():
+    """The flags that a new state depends on."""
+    return Namespace(channels=1, image_size=28, time_steps=1000, seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def state(form):
+    return train.new_state(form)
 
 
 def take_step(state):
-    """Take a step of 400 on one image."""
-    train.training_step(state["model"], state, torch.zeros(1, 1, 28, 28), torch.tensor([3]), seed=0, total_steps=400)
+    """Take a step of 400 on one image, with the seed 0."""
+    train.training_step(state["model"], state, torch.zeros(1, 1, 28, 28), torch.tensor([3]), 0, 400)
 
 
 def test_ema_follows_the_weights(state):
@@ -237,10 +250,29 @@ def test_learning_rates_rise_over_100_steps_and_fall_to_0(state, step, factor):
         assert state[name].param_groups[0]["lr"] == pytest.approx(factor * peak)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts the operations that bring a tensor's value to the host, as .item() does: a GPU must be waited for then."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(state):
+    take_step(state)
+    with HostReads() as reads:
+        take_step(state)
+        assert reads.count == 0
+        state["total_loss"].item()
+    assert reads.count == 1
+
+
 def run_small(root, *flags):
     size = [] if "--resume" in flags else ["--batch_size", "64"]
     train.main(["--root", str(root), "--device", "cpu", *size, *map(str, flags)])
-    return generate.load_checkpoint([*train.epoch_checkpoints(root).values()][-1])
+    return generate.load_checkpoint([*epoch_checkpoints(root).values()][-1])
 
 
 def test_the_loss_falls(tmp_path, small_mnist):
@@ -281,6 +313,15 @@ def test_every_promised_flag_trains_and_samples(tmp_path, small_mnist, flag, val
     assert images.shape == (3, model.config["channels"], model.config["image_size"], model.config["image_size"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_trains_resumes_generates_and_evaluates(tmp_path, small_mnist):
+    run_small(tmp_path, "--n_epochs", 1, "--device", "cuda")
+    run_small(tmp_path, "--resume", "--n_epochs", 2, "--device", "cuda")
+    generate.main(["--root", str(tmp_path), "--device", "cuda"])
+    test.main(["--root", str(tmp_path), "--device", "cuda", "--n_samples", "2000"])
+    assert [row["epoch"] for row in read_csv(tmp_path / "datas/metrics.csv")] == ["2"]
+
+
 # ---- stopping and resuming ----
 def stop_at(step, number):
     """Return a training_step that sends this process a signal before it does the run's n-th step."""
@@ -314,8 +355,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, number, tmp_pa
     assert saved_state(tmp_path)["step"] == step  # the running step has ended
     run_small(tmp_path, "--resume")
     torch.testing.assert_close(saved_state(tmp_path), saved_state(whole_run), rtol=0, atol=0)
-    for epoch, path in train.epoch_checkpoints(whole_run).items():
-        assert train.epoch_checkpoints(tmp_path)[epoch].read_bytes() == path.read_bytes()
+    for epoch, path in epoch_checkpoints(whole_run).items():
+        assert epoch_checkpoints(tmp_path)[epoch].read_bytes() == path.read_bytes()
     logs = [[(row["epoch"], row["loss"]) for row in read_csv(root / "datas/train_log.csv")]
             for root in (tmp_path, whole_run)]
     assert logs[0] == logs[1] and len(logs[0]) == 3
@@ -328,7 +369,7 @@ def test_a_finished_run_goes_on_when_asked_for_more_epochs(tmp_path, whole_run, 
     state = train.load_tensors(tmp_path / train.LATEST)
     assert [row["epoch"] for row in state["log"]] == [1, 2, 3, 4] and state["args"]["n_epochs"] == 4
     assert state["muon"]["param_groups"][0]["lr"] == pytest.approx(0.02 * (1 - 15 / 16))  # planned anew, for 16 steps
-    assert max(train.epoch_checkpoints(tmp_path)) == 4
+    assert max(epoch_checkpoints(tmp_path)) == 4
 
 
 def test_the_state_is_saved_from_time_to_time(tmp_path, small_mnist, monkeypatch):
@@ -336,7 +377,7 @@ def test_the_state_is_saved_from_time_to_time(tmp_path, small_mnist, monkeypatch
     steps, save_state = [], train.save_state
     monkeypatch.setattr(train, "save_state", lambda state, *_: steps.append(state["step"]) or save_state(state, *_))
     run_small(tmp_path, "--n_epochs", 1)
-    assert steps == [0, 1, 2, 3, 4]
+    assert steps == [0, 1, 2, 3, 4, 4]  # before every step, with the first checkpoint and at the end
 
 
 # ---- several processes ----
@@ -363,6 +404,46 @@ def test_two_processes_do_what_one_does_and_resume_each_other(small_repository):
                 run_processes(small_repository, 3 - count, "--root", root, "--resume", "--n_epochs", 2)
 
 
+def test_a_signal_to_torchrun_saves_the_state(small_repository):
+    root = small_repository / "signalled"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "src/train.py",
+               "--root", root, "--batch_size", "150", "--save_every", "1", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=small_repository, stderr=subprocess.PIPE, text=True)
+    while not epoch_checkpoints(root) and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert "--resume goes on from" in process.communicate(timeout=60)[1]
+    assert saved_state(root)["step"] > 20  # the first epoch's
+
+
+@pytest.mark.parametrize("device, backends", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_processes_can_share_what_lies_on_any_device(device, backends, tmp_path, two_gpus, monkeypatch):
+    def init_process_group(given):
+        assert given == backends
+        raise InterruptedError
+
+    monkeypatch.setattr(train.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(train.dist, "init_process_group", init_process_group)
+    with pytest.raises(InterruptedError):
+        train.main(["--root", str(tmp_path), "--device", device])
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Let torch say that there are two GPUs."""
+    for name, function in dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda _: None).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+
+def test_torchrun_deals_out_the_gpus(two_gpus, monkeypatch):
+    assert [usable_device(text).index for text in ("cuda", "cuda:1")] == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert usable_device("cuda").index == 1
+    for text in ("cuda:0", "cuda:1"):
+        with pytest.raises(ArgumentTypeError, match="torchrun"):
+            usable_device(text)
+
+
 def test_a_batch_that_processes_cannot_share_is_refused(small_repository):
     done = call(small_repository, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "src/train.py",
                 "--root", "odd", "--batch_size", 25, "--device", "cpu")
@@ -371,16 +452,22 @@ def test_a_batch_that_processes_cannot_share_is_refused(small_repository):
 
 # ---- command line ----
 def test_a_run_is_replaced_only_when_asked(tmp_path, small_mnist):
+    (tmp_path / "datas").mkdir()
+    (tmp_path / "datas/metrics.csv").touch()  # of the released weights: no run
     run_small(tmp_path, "--n_epochs", 2, "--save_every", 1)
     with pytest.raises(train.InputError, match="--overwrite"):
         run_small(tmp_path, "--n_epochs", 1)
-    (tmp_path / "datas/metrics.csv").touch()
+    ours, foreign = ({tmp_path / "datas" / name for name in names.split()} for names in (
+        "metrics.csv metrics.png metrics_profile.png metrics_closest_10.png",
+        "metrics_mine.csv metrics_closest_mine.png train_log.old.csv reference.npz"))
+    for path in ours | foreign:
+        path.touch()
     assert (tmp_path / "checkpoints/diffusion_epoch_2.pth").exists()
     (tmp_path / "checkpoints/classifier.pth").touch()
     run_small(tmp_path, "--n_epochs", 1, "--overwrite")
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.pth")} == {
         "diffusion_epoch_1.pth", "latest.pth", "classifier.pth"}
-    assert not (tmp_path / "datas/metrics.csv").exists()
+    assert all(path.exists() for path in foreign) and not any(path.exists() for path in ours)
 
 
 def test_importing_runs_nothing(tmp_path):
@@ -413,3 +500,11 @@ def test_benchmark_of_training(monkeypatch, capsys):
     assert re.findall(r"^(.+?)  +\d+ ", printed, re.MULTILINE) == ["training", "textbook loop", "matrix product"]
     mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
     assert mflop == pytest.approx(3 * 92.5, rel=0.03)  # backwards costs twice as much as forwards
+
+
+@pytest.mark.parametrize("name", benchmark.RECIPES)
+def test_benchmark_of_the_recipe_changes_what_it_says(name, form):
+    with mock.patch.multiple(train, **benchmark.RECIPES[name]):
+        changed = train.new_state(form)
+        take_step(changed)
+    assert changed["total_loss"].isfinite()
