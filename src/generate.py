@@ -153,19 +153,25 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None, save
             raise InputError(f"{checkpoint_path} is of {loaded.config}, the model of {model.config}")
         model.load_state_dict(checkpoint["model_state_dict"])
         epoch = checkpoint["epoch"]
-    out = Path(out or Path(save_dir) / f"generated_samples{'' if epoch is None else f'_{epoch}'}.png")
-    if out.suffix not in ("", ".png", ".npz", ".gif"):
-        raise InputError(f"--out {out}: must end in .png, .npz or .gif, or be a folder")
+    out = Path(out or grid_path(save_dir, epoch))
+    if out.suffix not in ("", ".png", ".npz", ".gif") or (out.suffix and out.is_dir()):
+        raise InputError(f"--out {out}: must be a file that ends in .png, .npz or .gif, or a folder without a suffix")
     make_folder(out.parent if out.suffix else out)
     if not out.suffix and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty")
     cycle = np.random.default_rng(seed).integers(10, size=n_samples) if labels is None else np.resize(labels, n_samples)
     frames = sample(model, torch.from_numpy(cycle), seed=seed, n_frames=24 if out.suffix == ".gif" else 1, **settings)
-    save(out, frames, cycle, len(labels) if labels and len(labels) > 1 else math.ceil(math.sqrt(n_samples)))
+    one_digit = labels is None or len(labels) == 1
+    save(out, frames, cycle, math.ceil(math.sqrt(n_samples)) if one_digit else len(labels))
     return frames[-1]
 
 
 # ---- pictures and arrays ----
+def grid_path(folder, epoch):
+    """Return where the grid of an epoch's digits goes by default; epoch: a number or None."""
+    return Path(folder) / f"generated_samples{'' if epoch is None else f'_{epoch}'}.png"
+
+
 def draw_grid(images, columns):
     """Return images (N, C, H, W) uint8 row by row as one picture; small ones are enlarged, each pixel to a square."""
     grid = Image.fromarray(make_grid(images, columns, padding=1).permute(1, 2, 0).numpy())
@@ -245,8 +251,9 @@ def parse_labels(text):
 
 def add_checkpoint_flags(parser):
     """Add the flags that say which checkpoints to read."""
-    parser.add_argument("--epochs", type=bounded(int, 1), default=1000, help="take the checkpoints up to this epoch")
-    parser.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--epochs", type=bounded(int, 1), default=1000, help="take the checkpoints up to this epoch")
+    choice.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
     parser.add_argument("--channels", type=bounded(int, 1), help="refuse checkpoints of other channels")
 
 
@@ -260,19 +267,17 @@ def main(argv=None):
     parser.add_argument("--steps", type=bounded(int, 1), help="sampler steps (default: dpm 10, ddim 50, ddpm T)")
     parser.add_argument("--eta", type=bounded(float, 0, 1), help="fresh noise, 0 to 1 (default: dpm 1, ddim 0)")
     parser.add_argument("--guidance", type=bounded(float, 0, 100), default=1, help="pull towards the label; 1 is off")
-    parser.add_argument("--out", type=Path, help="write one checkpoint's digits here: .png grid, .gif its animation, "
-                        ".npz arrays, or a folder (default: a grid in generated_samples)")
+    parser.add_argument("--out", type=Path, help="write the last checkpoint's digits here: .png grid, .gif its "
+                        "animation, .npz arrays, or a folder (default: grids of all in generated_samples)")
     args = parser.parse_args(argv)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
-    if args.out and len(paths) > 1:
-        raise InputError(f"--out takes one checkpoint, not {len(paths)}: name it with --checkpoint_path")
-    for path in paths:
+    for path in paths[-1:] if args.out else paths:
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, path, model.config)
-        out = args.out or args.root / f"generated_samples/generated_samples_{checkpoint['epoch']}.png"
+        out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
         generate_samples(model, n_samples=args.n_samples, labels=args.labels, seed=args.seed, out=out,
                          sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)
-        print(out)
+        print(f"epoch {checkpoint['epoch']}: {out}")
 
 
 if __name__ == "__main__":
