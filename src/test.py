@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, InputError, bounded, generator, has_bf16, load_tensors, make_folder, make_parser,
                     refuse_contradictions, replacing, run, save_tensors, write_csv)
 from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint, sample
-from train import NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist
+from train import NULL_LABEL, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
 SOURCES = [path.read_bytes() for path in sorted((REPOSITORY / "src").glob("*.py"))]
@@ -154,14 +154,13 @@ def noise_mse(model, images, labels, batch_size):
 
     The t, spread evenly over the images, and the noise are drawn on the CPU, the same for every checkpoint and machine.
     """
-    rng, time_steps = generator("cpu", 0, 3), model.config["time_steps"]
-    t = torch.randperm(len(images), generator=rng) * time_steps // len(images)
+    rng = generator("cpu", 0, 3)
+    t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
     noise = torch.randn(images.shape, generator=rng)
-    alphas_cumprod = cumulative_alphas(time_steps).to(images.device)
     errors = []
     for x, t_x, noise_x, y in zip(*(values.split(batch_size) for values in (images, t, noise, labels)), strict=True):
         t_x, noise_x = t_x.to(x.device), noise_x.to(x.device)
-        x_t = forward_diffusion_sample(x / 127.5 - 1, t_x, noise_x, alphas_cumprod)
+        x_t = forward_diffusion_sample(x / 127.5 - 1, t_x, noise_x, model.alphas_cumprod)
         errors.append((model(x_t, t_x, y) - noise_x).square().mean(dim=(1, 2, 3)))
     errors = torch.cat(errors).double().cpu()
     return errors.mean().item(), [tenth.mean().item() for tenth in errors[t.argsort()].chunk(10)]
@@ -249,10 +248,9 @@ def evaluate(paths, latent_model, classifier, args):
 # ---- output ----
 def plot_metrics(datas, rows):
     """Draw metrics.png, MSE and FID against the epoch, and metrics_profile.png, the MSE of the last row over t."""
-    last = rows[-1]
+    last, epochs = rows[-1], [row["epoch"] for row in rows]
     figure, profile = Figure(figsize=(9, 3.6), layout="constrained"), Figure(figsize=(6, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["mse"] for row in rows], "o-", color="#0072B2")
     left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
     for space, color in (("classifier", "#D55E00"), ("latent", "#0072B2")):
@@ -308,7 +306,7 @@ def read_rows(path):
     raise InputError(f"{path}: damaged, or of another version; move it away")
 
 
-def main(argv=None):
+def evaluation_parser():
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
     parser.add_argument("--every", type=bounded(int, 1), default=1, help="take every n-th of them, back from the last")
@@ -319,11 +317,14 @@ def main(argv=None):
     parser.add_argument("--seeds", type=bounded(int, 1, 100), default=1, help="times to generate them, from --seed on")
     parser.add_argument("--again", action="store_true", help="also evaluate what is in metrics.csv already")
     parser.add_argument("--train_classifier", action="store_true", help="make checkpoints/classifier.pth anew, and end")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = evaluation_parser().parse_args(argv)
     if args.train_classifier:
         return make_classifier(args)
-    datas = args.root / "datas"
-    make_folder(datas)
+    make_folder(datas := args.root / "datas")
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)[::-args.every][::-1]
     newest, checkpoint = load_checkpoint(paths[-1], args.device)
     refuse_contradictions(args, paths[-1], newest.config)
@@ -333,13 +334,12 @@ def main(argv=None):
     classifier = load_classifier(CLASSIFIER, args.device)
     settings = paths[-1].read_bytes(), repr((args.n_samples, args.seeds, args.seed)).encode()
     keys = {path: fingerprint(path.read_bytes(), *settings) for path in paths}
-    kept, rows = read_rows(datas / "metrics.csv"), []
-    known = {} if args.again else {row["key"]: row for row in kept.values()}
+    known, rows = {row["key"]: row for row in read_rows(datas / "metrics.csv").values() if not args.again}, []
     unknown = evaluate([path for path in paths if keys[path] not in known], newest, classifier, args)
     for path, key in keys.items():
         rows.append(known.get(key) or dict(zip(COLUMNS, [*next(unknown), checkpoint["epoch"], key], strict=True)))
-        kept[rows[-1]["epoch"]] = rows[-1]
         if key not in known or path == paths[-1]:
+            kept = read_rows(datas / "metrics.csv") | {rows[-1]["epoch"]: rows[-1]}  # another run may have added some
             write_csv(datas / "metrics.csv", [row for _, row in sorted(kept.items())])
             plot_metrics(datas, rows)
         print_row(rows[-1], first=len(rows) == 1)

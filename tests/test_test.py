@@ -71,8 +71,11 @@ def test_features_do_not_depend_on_the_batch_size(classifier, small_model, mnist
         torch.testing.assert_close(features(100), features(7), rtol=1e-4, atol=1e-5)
 
 
-def test_latent_features_are_the_bottleneck(small_model, mnist):
-    assert test.latent_features(small_model, mnist[False][0][:10], 256).shape == (10, 16)
+def test_latent_features_are_the_bottleneck_of_clean_images(small_model, mnist):
+    images, seen = mnist[False][0][:10], []
+    small_model.mid2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    small_model(images / 127.5 - 1, torch.zeros(10, dtype=torch.int64), torch.full((10,), train.NULL_LABEL))
+    torch.testing.assert_close(test.latent_features(small_model, images, 4), seen[0].mean(dim=(2, 3)))
 
 
 # ---- Frechet distance ----
@@ -290,7 +293,7 @@ class KnownMiss(torch.nn.Module):
 
     def __init__(self, images, error):
         super().__init__()
-        self.config = {"time_steps": 1000}
+        self.config, self.alphas_cumprod = {"time_steps": 1000}, train.cumulative_alphas(1000)
         self.x_0, self.error, self.seen = images / 127.5 - 1, error, 0
 
     def forward(self, x_t, t, labels):
