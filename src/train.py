@@ -342,8 +342,8 @@ def plot_losses(path, log):
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["epoch"] for row in log], [row["loss"] for row in log], marker="." if len(log) < 50 else "")
-    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)")
+    axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
