@@ -155,7 +155,7 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None, save
         epoch = checkpoint["epoch"]
     out = Path(out or grid_path(save_dir, epoch))
     if out.suffix not in ("", ".png", ".npz", ".gif") or (out.suffix and out.is_dir()):
-        raise InputError(f"--out {out}: must be a file that ends in .png, .npz or .gif, or a folder without a suffix")
+        raise InputError(f"--out {out}: must be a .png, .npz or .gif file, or a folder whose name has no suffix")
     make_folder(out.parent if out.suffix else out)
     if not out.suffix and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty")

@@ -254,8 +254,8 @@ def training_loss(network, alphas_cumprod, x_0, labels, rng):
     places = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=rng, device=device)
     places = (torch.special.ndtri(places / batch_size) - 0.8).sigmoid()  # most at middle t, where the digit takes shape
     t = (places * time_steps).long().clamp(max=time_steps - 1)
-    nameless = torch.rand(batch_size, generator=rng, device=device) < LABEL_DROPOUT
-    labels = labels.masked_fill(nameless, NULL_LABEL)
+    hidden = torch.rand(batch_size, generator=rng, device=device) < LABEL_DROPOUT
+    labels = labels.masked_fill(hidden, NULL_LABEL)
     x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
     weights = alphas_cumprod[t].rsqrt().float()  # halfway between the errors of eps, 1, and of v, 1 / a
     share = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)

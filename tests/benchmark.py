@@ -215,8 +215,8 @@ def ddpm_loss(network, alphas_cumprod, x_0, labels, rng):
     """Return DDPM's loss: every t as often, every t the same weight."""
     t = torch.randint(len(alphas_cumprod), labels.shape, generator=rng, device=x_0.device)
     noise = torch.randn(x_0.shape, generator=rng, device=x_0.device)
-    nameless = torch.rand(labels.shape, generator=rng, device=x_0.device) < train.LABEL_DROPOUT
-    labels = labels.masked_fill(nameless, train.NULL_LABEL)
+    hidden = torch.rand(labels.shape, generator=rng, device=x_0.device) < train.LABEL_DROPOUT
+    labels = labels.masked_fill(hidden, train.NULL_LABEL)
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(forward_diffusion_sample(x_0, t, noise, alphas_cumprod), t, labels)
     return F.mse_loss(eps, noise)
