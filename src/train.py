@@ -95,8 +95,8 @@ class SimpleUnet(nn.Module):
 
     def __init__(self, channels=1, image_size=28, time_steps=1000, widths=(32, 64)):
         super().__init__()
-        if image_size % 4:
-            raise InputError(f"image_size must be a multiple of 4, not {image_size}")
+        if image_size not in range(4, 257, 4):
+            raise InputError(f"image_size must be a multiple of 4 from 4 to 256, not {image_size}")
         self.config = dict(channels=channels, image_size=image_size, time_steps=time_steps, widths=widths)
         a, b = widths  # channels at H/2 and at H/4
         emb = 4 * a
