@@ -1,10 +1,11 @@
 PYTHON = .venv/bin/python
 
 demo: .venv/installed
-	$(PYTHON) src/train.py --root demo --n_epochs 5 --save_every 1 --batch_size 128 --overwrite
+	rm -rf demo
+	$(PYTHON) src/train.py --root demo --n_epochs 2 --save_every 1 --batch_size 64
 	$(PYTHON) src/generate.py --root demo --labels 0-9 --n_samples 100
 	$(PYTHON) src/test.py --root demo --n_samples 2000
-	@echo "digits:  demo/generated_samples/generated_samples_5.png"
+	@echo "digits:  demo/generated_samples/generated_samples_2.png"
 	@echo "metrics: demo/datas/metrics.png"
 
 test: .venv/installed-dev

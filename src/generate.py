@@ -2,9 +2,9 @@
 
     python src/generate.py                                a grid of 16 digits for every checkpoint
     python src/generate.py --labels 0-9 --n_samples 100   ten columns, one for each digit
-    python src/generate.py --out digits.npz               arrays; .gif: an animation; a folder: single pictures
+    python src/generate.py --out digits.npz               arrays; .gif: an animation
 
-From top to bottom: the samplers, sampling in chunks, pictures and arrays, checkpoints, the command line.
+The samplers come first, then sampling in chunks, pictures and arrays, checkpoints.
 """
 import argparse
 import math
@@ -18,23 +18,24 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generator, has_bf16, load_tensors, make_folder,
-                    make_parser, refuse_contradictions, replacing, run)
+from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generator, has_bf16,
+                    load_tensors, make_parser, reading, refuse_contradictions, replacing)
 from train import NULL_LABEL, SimpleUnet, cumulative_alphas
 
-CHUNK = 100  # images sampled together, always, so that image i depends on the seed and i alone
+CHUNK = 100  # digits sampled together, always, so that digit i depends on the seed and i alone
 
 
 # ---- samplers ----
-# One signature for all. eps(x_t, t) predicts the noise in x_t at the step t, an int; x_t is noise (B, C, H, W); levels
-# is [(t, a, a_next)], each step's t and alphas_cumprod before and after it; rng draws fresh noise, eta times as much as
-# DDPM's; clip keeps predicted images in [-1, 1]. They yield x_t after every step, the last one clean. Coefficients are
-# floats, that is float64.
+# All take (eps, x_t, levels, rng, eta, clip) and yield x_t after every step, the last one clean.
+# eps(x_t, t) predicts the noise in x_t at step t, an int; x_t: noise (B, C, H, W); levels: see
+# noise_levels; rng draws fresh noise, eta times as much as DDPM's; clip keeps predicted images in
+# [-1, 1]. Coefficients are Python's floats, of 64 bits.
 
 def noise_levels(time_steps, steps):
-    """Return [(t, a, a_next)] from t = T - 1, where x_t is noise, to a_next = 1: no noise is left.
+    """Return [(t, a, a_next)]: each step's t and the alphas_cumprod before and after it.
 
-    Steps grow shorter towards the clean image: t as (i / steps)^1.5, but never two at one t. T steps visit every t.
+    From t = T - 1, where x_t is noise, to a_next = 1: no noise is left. Steps grow shorter towards
+    the clean image, t as (i / steps)^1.5, but never two at one t; T steps visit every t.
     """
     alphas_cumprod = cumulative_alphas(time_steps).tolist()
     t = [max(round(time_steps * (i / steps) ** 1.5), i) - 1 for i in range(steps, 0, -1)]
@@ -49,36 +50,35 @@ def predict_x_0(eps, x_t, t, a, clip):
 
 
 def draw_next(x_t, x_0, a, a_next, rng, eta):
-    """Draw x_next from q(x_next | x_t, x_0) (DDIM, eq. 7 with the sigma of eq. 16; eta = 1: DDPM, eq. 6 and 7)."""
+    """Draw x_next from q(x_next | x_t, x_0) (DDIM, eq. 7 and 16; eta = 1: DDPM, eq. 6 and 7)."""
     sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     noise = (x_t - math.sqrt(a) * x_0) / math.sqrt(1 - a)
     mean = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next - sigma**2) * noise
     return mean + sigma * torch.randn(x_t.shape, generator=rng, device=x_t.device)
 
 
-def ddim(eps, x_t, levels, rng, clip=True, eta=0):
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12). eta = 0: an ODE's solver, without fresh noise."""
+def ddim(eps, x_t, levels, rng, eta, clip=True):
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12).
+
+    eta = 1, in all T steps: DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
+    eta = 0: the solver of an ODE, without fresh noise.
+    """
     for t, a, a_next in levels:
         x_t = draw_next(x_t, predict_x_0(eps, x_t, t, a, clip), a, a_next, rng, eta)
         yield x_t
 
 
-def ddpm(eps, x_t, levels, rng, clip=True):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), also in fewer steps than T: DDIM's stochastic end."""
-    return ddim(eps, x_t, levels, rng, clip, eta=1)
+def dpm(eps, x_t, levels, rng, eta, clip=True):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of second order; eta = 1: its SDE variant.
 
-
-def dpm(eps, x_t, levels, rng, clip=True, eta=1):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order. eta = 1: its SDE variant; 0: no fresh noise.
-
-    The clean image is not taken as it is predicted at the step's start, but extrapolated from the last two predictions
-    to the step's middle, linearly in lambda = log(alpha_t / sigma_t).
+    The clean image is not taken as predicted at the step's start, but extrapolated from the last
+    two predictions to the step's middle, linearly in lambda = log(alpha_t / sigma_t).
     """
     x_0_last = lambda_last = None
     for t, a, a_next in levels:
         x_0 = target = predict_x_0(eps, x_t, t, a, clip)
         lambda_t = math.log(a / (1 - a)) / 2
-        if x_0_last is not None and a_next < 1:  # the last step is infinitely long in lambda: first order
+        if x_0_last is not None and a_next < 1:  # the last step is infinitely long in lambda
             h = math.log(a_next / (1 - a_next)) / 2 - lambda_t
             target = x_0 + h / (2 * (lambda_t - lambda_last)) * (x_0 - x_0_last)
         x_t = draw_next(x_t, target, a, a_next, rng, eta)
@@ -86,84 +86,99 @@ def dpm(eps, x_t, levels, rng, clip=True, eta=1):
         yield x_t
 
 
-SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
+SAMPLERS = {  # function; steps by default, None: T; eta by default
+    "dpm": (dpm, 10, 1.0),
+    "ddim": (ddim, 50, 0.0),
+    "ddpm": (ddim, None, 1.0),
+}
 
 
 # ---- sampling ----
 def noise_predictor(model, labels, guidance):
-    """Return the function eps(x_t, t) that samplers ask for: the model's prediction for the labels (B,).
+    """Return the function eps(x_t, t) that samplers ask for: the model's for the labels (B,).
 
-    guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022); at 1 only the labels are asked for.
+    guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022). At 1 that is eps_label,
+    and the network is not asked for eps_null.
     """
-    asked = labels if guidance == 1 else torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+    both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+
+    def predict(x_t, t, labels):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
+            return model(x_t, torch.full_like(labels, t), labels).float()
 
     def eps(x_t, t):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
-            predicted = model(x_t.repeat(len(asked) // len(x_t), 1, 1, 1), torch.full_like(asked, t), asked).float()
         if guidance == 1:
-            return predicted
-        of_label, of_null = predicted.chunk(2)
-        return of_null + guidance * (of_label - of_null)
+            return predict(x_t, t, labels)
+        eps_label, eps_null = predict(x_t.repeat(2, 1, 1, 1), t, both).chunk(2)
+        return eps_null + guidance * (eps_label - eps_null)
     return eps
 
 
 @torch.inference_mode()
 def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
-    """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL: x_t at n_frames of the steps.
+    """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
-    They are spread evenly, the last is the clean image. steps: 10 for dpm, 50 for ddim, T for ddpm. eta: the sampler's
-    own by default. On one machine image i depends on i, the seed, labels[i] and these settings alone.
-    Raises InputError for more steps than T, and for an eta that the sampler does not take.
+    The F = n_frames frames show x_t, evenly spread over the steps; the last is the clean image.
+    steps and eta are by default the sampler's own, see SAMPLERS. On one machine image i depends on
+    i, the seed, labels[i] and these settings alone. Raises InputError for what cannot be.
     """
+    check_settings(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
-    steps = steps or {"dpm": 10, "ddim": min(50, config["time_steps"]), "ddpm": config["time_steps"]}[sampler]
-    if steps > config["time_steps"]:
-        raise InputError(f"--steps: {steps} steps are more than the model's {config['time_steps']} time steps")
-    if eta is not None and sampler == "ddpm":
-        raise InputError("--eta is for the samplers dpm and ddim: ddpm's is 1")
-    options = {} if eta is None else {"eta": eta}
+    function, default_steps, default_eta = SAMPLERS[sampler]
+    steps = steps or min(default_steps or config["time_steps"], config["time_steps"])
+    eta = default_eta if eta is None else eta
     levels = noise_levels(config["time_steps"], steps)
     shown = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
+    shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
     chunks, images = labels.split(CHUNK), []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
             eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
-            rng = generator(device, seed, 2, number)
-            shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
+            rng = generator(device, "samples", seed, number)
             noise, frames = torch.randn(shape, generator=rng, device=device), []
-            for step, x_t in enumerate(SAMPLERS[sampler](eps, noise, levels, rng, **options), 1):
+            for step, x_t in enumerate(function(eps, noise, levels, rng, eta), 1):
                 if step in shown:
-                    frames.append(((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255).byte().cpu())
+                    pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
+                    frames.append(pixels.byte().cpu())
                 bar.update()
             images.append(torch.stack(frames))
     return torch.cat(images, dim=1)
 
 
-def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None, save_dir="generated_samples",
-                     labels=None, seed=0, out=None, **settings):
-    """Write digits to out, by default the grid save_dir/generated_samples_{epoch}.png; return them, (N, C, H, W) uint8.
+def check_settings(model, labels, sampler, steps):
+    """Raise InputError for settings that sample cannot follow."""
+    if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
+        raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler}")
+    if steps is not None and not 1 <= steps <= model.config["time_steps"]:
+        raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
+                         f"steps, not {steps}")
 
-    With checkpoint_path the model, of the same config, first takes the weights of that file, and epoch comes from it.
-    labels: digits to cycle through, NULL_LABEL for any; by default drawn from the seed.
-    settings: sampler, steps, guidance and eta, as in sample. The form of out: as in save.
+
+def choose_labels(n_samples, labels=None, seed=0):
+    """Return labels (N,) int64: those given, again and again, or digits that the seed draws."""
+    if labels is None:
+        return torch.from_numpy(np.random.default_rng(seed).integers(10, size=n_samples))
+    return torch.from_numpy(np.resize(labels, n_samples))
+
+
+def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
+                     save_dir="generated_samples", labels=None, seed=0, **settings):
+    """Write the grid save_dir/generated_samples_{epoch}.png; return its images (N, C, H, W) uint8.
+
+    With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
+    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
+    and eta. Raises InputError for what sample cannot follow.
     """
     if checkpoint_path:
-        loaded, checkpoint = load_checkpoint(checkpoint_path)
-        if loaded.config != model.config:
-            raise InputError(f"{checkpoint_path} is of {loaded.config}, the model of {model.config}")
-        model.load_state_dict(checkpoint["model_state_dict"])
+        model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
         epoch = checkpoint["epoch"]
-    out = Path(out or grid_path(save_dir, epoch))
-    if out.suffix not in ("", ".png", ".npz", ".gif") or (out.suffix and out.is_dir()):
-        raise InputError(f"--out {out}: must be a .png, .npz or .gif file, or a folder whose name has no suffix")
-    make_folder(out.parent if out.suffix else out)
-    if not out.suffix and any(out.iterdir()):
-        raise InputError(f"--out {out}: is not empty")
-    cycle = np.random.default_rng(seed).integers(10, size=n_samples) if labels is None else np.resize(labels, n_samples)
-    frames = sample(model, torch.from_numpy(cycle), seed=seed, n_frames=24 if out.suffix == ".gif" else 1, **settings)
-    one_digit = labels is None or len(labels) == 1
-    save(out, frames, cycle, math.ceil(math.sqrt(n_samples)) if one_digit else len(labels))
-    return frames[-1]
+    chosen = choose_labels(n_samples, labels, seed)
+    with replacing(grid_path(save_dir, epoch)) as file:
+        images = sample(model, chosen, seed=seed, **settings)[-1]
+        draw_grid(images, count_columns(n_samples, labels)).save(file, format="png")
+    return images
 
 
 # ---- pictures and arrays ----
@@ -172,67 +187,60 @@ def grid_path(folder, epoch):
     return Path(folder) / f"generated_samples{'' if epoch is None else f'_{epoch}'}.png"
 
 
+def count_columns(n_samples, labels):
+    """Return the grid's columns: one for each label given, or as many as rows."""
+    return math.ceil(math.sqrt(n_samples)) if labels is None or len(labels) == 1 else len(labels)
+
+
 def draw_grid(images, columns):
-    """Return images (N, C, H, W) uint8 row by row as one picture; small ones are enlarged, each pixel to a square."""
+    """Return images (N, C, H, W) uint8 row by row as one picture, small ones enlarged."""
     grid = Image.fromarray(make_grid(images, columns, padding=1).permute(1, 2, 0).numpy())
     return ImageOps.scale(grid, max(1, 800 // max(grid.size)), Image.Resampling.NEAREST)
 
 
-def save(path, frames, labels, columns):
-    """Write images (F, N, C, H, W) uint8, the last frame clean, of labels (N,), in the form that path's suffix names.
+def write(file, form, frames, labels, columns):
+    """Write frames (F, N, C, H, W) uint8, the last one clean, as form says.
 
-    .png: the grid; .gif: its animation; .npz: arr_0, the images (N, H, W, C) uint8, and arr_1, the labels (N,) int64;
-    none: a folder of single PNGs, named by index.
+    .png: the last frame's grid; .gif: the grids of all, resting at the last; .npz: arr_0, the last
+    frame's images (N, H, W, C) uint8, and arr_1, the labels (N,) int64.
     """
-    images = frames[-1].permute(0, 2, 3, 1).numpy()
-    if not path.suffix:
-        for number, image in enumerate(images):
-            Image.fromarray(image.squeeze()).save(path / f"{number:05}.png")
-        return
-    with replacing(path) as file:
-        if path.suffix == ".npz":
-            np.savez_compressed(file, images, labels)
-        elif path.suffix == ".png":
-            draw_grid(frames[-1], columns).save(file, format="png")
-        else:
-            first, *others = [draw_grid(frame, columns).quantize(16) for frame in frames]
-            first.save(file, format="gif", save_all=True, append_images=others, loop=0,
-                       duration=[120] * len(others) + [3000])  # ms
+    if form == ".png":
+        draw_grid(frames[-1], columns).save(file, format="png")
+    elif form == ".gif":
+        first, *others = [draw_grid(images, columns).quantize(16) for images in frames]
+        first.save(file, format="gif", save_all=True, append_images=others, loop=0,
+                   duration=[120] * len(others) + [3000])  # ms
+    else:
+        np.savez_compressed(file, frames[-1].permute(0, 2, 3, 1).numpy(), labels.numpy())
 
 
 # ---- checkpoints ----
 def load_checkpoint(path, device="cpu"):
-    """Return (model, checkpoint): the SimpleUnet that the file holds, for prediction only, and the file's dict.
+    """Return (model, checkpoint): the SimpleUnet in the file, for prediction, and the file's dict.
 
-    Raises OSError where the file cannot be read, InputError where it is damaged or not of this program.
+    Raises InputError where the file is missing, damaged or not of this program.
     """
-    try:
+    with reading(path, "it must be a checkpoint that src/train.py wrote"):
         checkpoint = load_tensors(path)
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
         checkpoint["epoch"] = int(checkpoint["epoch"])
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("not finite")
-    except OSError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: damaged, or not a checkpoint of this program") from error
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
 def find_checkpoints(root, epochs, checkpoint_path=None):
-    """Return the path given, or else those of root's checkpoints up to epochs, or else that of the released weights."""
+    """Return the path given, or else root's checkpoints up to epochs, or the released weights."""
     if checkpoint_path:
         return [checkpoint_path]
     found, folder = epoch_checkpoints(root), root / "checkpoints"
-    pretrained = REPOSITORY / "checkpoints/pretrained.pth"
-    if found and min(found) > epochs:
-        raise InputError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch {min(found)}")
-    if not found and not pretrained.exists():
-        raise InputError(f"no checkpoint in {folder}: train one with 'python src/train.py'")
     if not found:
+        pretrained = REPOSITORY / "checkpoints/pretrained.pth"
         print(f"no checkpoint in {folder}: using the released {pretrained}")
-    return [path for epoch, path in found.items() if epoch <= epochs] or [pretrained]
+        return [pretrained]
+    if min(found) > epochs:
+        raise InputError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch "
+                         f"{min(found)}")
+    return [path for epoch, path in found.items() if epoch <= epochs]
 
 
 # ---- command line ----
@@ -244,7 +252,7 @@ def parse_labels(text):
     for part in text.split(","):
         match = re.fullmatch(r"(\d)(?:-(\d))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"must be digits like 7, 0-9 or 3,1,4, or none, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be like 7, 0-9, 3,1,4 or none, not {text!r}")
         labels += range(int(match[1]), int(match[2] or match[1]) + 1)
     return labels
 
@@ -252,33 +260,52 @@ def parse_labels(text):
 def add_checkpoint_flags(parser):
     """Add the flags that say which checkpoints to read."""
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--epochs", type=bounded(int, 1), default=1000, help="take the checkpoints up to this epoch")
+    choice.add_argument("--epochs", type=bounded(int, 1), default=1000,
+                        help="take the checkpoints up to this epoch (default: %(default)s)")
     choice.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
-    parser.add_argument("--channels", type=bounded(int, 1), help="refuse checkpoints of other channels")
+    parser.add_argument("--channels", type=int, help="refuse checkpoints of other channels")
+
+
+def generation_parser():
+    steps = ", ".join(f"{name} {steps or 'T'}" for name, (_, steps, _) in SAMPLERS.items())
+    etas = ", ".join(f"{name} {eta:g}" for name, (_, _, eta) in SAMPLERS.items())
+    parser = make_parser(__doc__)
+    add_checkpoint_flags(parser)
+    add = parser.add_argument
+    add("--n_samples", type=bounded(int, 1, 100_000), default=16,
+        help="digits to generate (default: %(default)s)")
+    add("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; none: "
+        "leave them to the model (default: drawn from the seed)")
+    add("--sampler", choices=SAMPLERS, default="dpm",
+        help="dpm is the fast one, ddpm the original (default: %(default)s)")
+    add("--steps", type=bounded(int, 1), help=f"network evaluations for a digit (default: {steps})")
+    add("--eta", type=bounded(float, 0, 1), help=f"share of fresh noise (default: {etas})")
+    add("--guidance", type=bounded(float, 0, 100), default=1,
+        help="pull towards the label; 1 is off (default: %(default)s)")
+    add("--seed", type=bounded(int, 0), default=0,
+        help="of all random numbers (default: %(default)s)")
+    add("--out", type=Path, help="write the last checkpoint's digits here: .png grid, .gif "
+        "its animation, .npz arrays (default: grids of all in generated_samples)")
+    return parser
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
-    add_checkpoint_flags(parser)
-    parser.add_argument("--n_samples", type=bounded(int, 1, 100_000), default=16, help="digits to generate")
-    parser.add_argument("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; "
-                        "none: leave them to the model (default: drawn from the seed)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="dpm is the fast one, ddpm the original")
-    parser.add_argument("--steps", type=bounded(int, 1), help="sampler steps (default: dpm 10, ddim 50, ddpm T)")
-    parser.add_argument("--eta", type=bounded(float, 0, 1), help="fresh noise, 0 to 1 (default: dpm 1, ddim 0)")
-    parser.add_argument("--guidance", type=bounded(float, 0, 100), default=1, help="pull towards the label; 1 is off")
-    parser.add_argument("--out", type=Path, help="write the last checkpoint's digits here: .png grid, .gif its "
-                        "animation, .npz arrays, or a folder (default: grids of all in generated_samples)")
-    args = parser.parse_args(argv)
+    args = generation_parser().parse_args(argv)
+    if args.out and args.out.suffix not in (".png", ".gif", ".npz"):
+        raise InputError(f"--out {args.out} must end in .png, .gif or .npz")
+    labels = choose_labels(args.n_samples, args.labels, args.seed)
+    columns = count_columns(args.n_samples, args.labels)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     for path in paths[-1:] if args.out else paths:
         model, checkpoint = load_checkpoint(path, args.device)
-        refuse_contradictions(args, path, model.config)
+        refuse_contradictions(args, model.config, path)
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
-        generate_samples(model, n_samples=args.n_samples, labels=args.labels, seed=args.seed, out=out,
-                         sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)
+        with replacing(out) as file:
+            frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
+                            args.eta, n_frames=24 if out.suffix == ".gif" else 1)
+            write(file, out.suffix, frames, labels, columns)
         print(f"epoch {checkpoint['epoch']}: {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,11 +1,14 @@
-"""Measure speed, and what the samplers are worth. Prints the README's tables.
+"""Measure speed, and what samplers and the recipe's choices are worth.
 
-    python tests/benchmark.py training   images per second, beside a textbook loop and a matrix product: a minute or two
-    python tests/benchmark.py sampling   digits per second, beside the network's bare forward pass: a minute
-    python tests/benchmark.py samplers   Frechet distance and time of every sampler: hours on a CPU, minutes on a GPU
-    python tests/benchmark.py recipe     quality without one of the recipe's choices at a time: an hour on two cores
+    python tests/benchmark.py training   images a second, beside a textbook loop: two minutes
+    python tests/benchmark.py sampling   digits a second, beside the network alone: a minute
+    python tests/benchmark.py samplers   distance and time of every sampler: hours on a CPU
+    python tests/benchmark.py recipe     digits without one choice of the recipe at a time: hours
 """
-import argparse
+import dataclasses
+import functools
+import math
+import os
 import platform
 import resource
 import statistics
@@ -13,11 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
@@ -26,15 +27,14 @@ from torchvision.transforms import ToTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
-from common import REPOSITORY, bounded, generator, has_bf16, make_parser, run
+from common import REPOSITORY, bounded, has_bf16, make_parser
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
-from test import CLASSIFIER, classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
-from train import (SAVE_INTERVAL, SimpleUnet, forward_diffusion_sample, load_mnist, new_state, save_state,
-                   training_loss, training_step)
+from test import classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
 
 TRAINING_STEPS = 30  # timed together
 
 
+# ---- speed ----
 def seconds(function, device):
     """Return the time that function() takes, on a GPU by its own clock."""
     if device.type != "cuda":
@@ -50,15 +50,19 @@ def seconds(function, device):
 
 
 def rates(tasks, device, rounds=7):
-    """Return {name: rates a second} for tasks {name: (function, amount, unit)}, and print their medians and ranges.
+    """Return {name: rates a second} of tasks {name: (function, amount, unit)}; print medians.
 
-    Tasks take turns, so that a slow moment hits them all; the first round warms up and does not count.
+    Tasks take turns, so that a slow moment hits them all; the first round warms up.
     """
-    times = [[seconds(function, device) for function, _, _ in tasks.values()] for _ in range(1 + rounds)][1:]
-    result = {}
-    for (name, (_, amount, unit)), taken in zip(tasks.items(), zip(*times, strict=True), strict=True):
-        result[name] = r = [amount / t for t in taken]
-        print(f"{name:14} {statistics.median(r):8.0f} {unit}/s  ({min(r):.0f} to {max(r):.0f})")
+    result = {name: [] for name in tasks}
+    for number in range(1 + rounds):
+        for name, (function, amount, _) in tasks.items():
+            taken = seconds(function, device)
+            if number > 0:
+                result[name].append(amount / taken)
+    for name, values in result.items():
+        print(f"{name:18}{statistics.median(values):9.0f} {tasks[name][2]}/s  "
+              f"({min(values):.0f} to {max(values):.0f})")
     return result
 
 
@@ -67,115 +71,130 @@ def ratio(these, those):
 
 
 def peak_memory(device):
-    """Return the bytes that the process, or on a GPU its tensors, have taken at most."""
+    """Return the MiB that the process, or on a GPU its tensors, have taken at most."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def hardware(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+def our_training(state, images, labels):
+    """Take TRAINING_STEPS steps as train.py does."""
+    for batch in train.batches_left(state, len(images))[:TRAINING_STEPS]:
+        train.training_step(state, images[batch], labels[batch], 10**6)
 
 
-def our_training(state, images, labels, batch_size):
-    """Return a function that trains for TRAINING_STEPS steps, as train.py does."""
-    batches = torch.randperm(len(images), device=images.device).split(batch_size)[:TRAINING_STEPS]
-
-    def steps():
-        for batch in batches:
-            training_step(state["model"], state, images[batch] / 127.5 - 1, labels[batch], 0, 10**6)
-    return steps
-
-
-def textbook_training(model, device, batch_size):
-    """Return a function that trains for TRAINING_STEPS steps in the loop that tutorials show."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    mnist = MNIST(REPOSITORY / "mnist", transform=ToTensor())
-
-    def batches():
-        while True:
-            yield from DataLoader(mnist, batch_size, shuffle=True, num_workers=4, drop_last=True)
-
-    def train():
-        for _, (images, labels) in zip(range(TRAINING_STEPS), endless, strict=False):
-            x_0, labels = images.to(device) * 2 - 1, labels.to(device)
-            noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
-            eps = model(forward_diffusion_sample(x_0, t, noise, model.alphas_cumprod), t, labels)
-            loss = F.mse_loss(eps, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
-    endless = batches()
-    return train
+def textbook_batches(batch_size):
+    """Yield batches of images in [0, 1] and labels without end, as tutorials load them."""
+    mnist = MNIST(REPOSITORY / "mnist", transform=ToTensor(), download=True)
+    loader = DataLoader(mnist, batch_size, shuffle=True, num_workers=min(4, os.cpu_count()),
+                        drop_last=True)
+    while True:
+        yield from loader
 
 
-def training_speed(args):
-    """Print images a second of training, beside the textbook loop and the machine's fastest matrix product."""
-    device, size = args.device, args.batch_size
-    images, labels = load_mnist(True, device=device)
-    settings = argparse.Namespace(n_epochs=1000, save_every=10, batch_size=size, image_size=28, channels=1,
-                                  time_steps=1000, seed=0, device=device)
-    state, textbook = new_state(settings), SimpleUnet().to(device)
+def textbook_training(model, optimizer, batches, device, bf16):
+    """Take TRAINING_STEPS steps in the loop that tutorials show, in bfloat16 or float32."""
+    for _, (images, labels) in zip(range(TRAINING_STEPS), batches, strict=False):
+        x_0, labels = images.to(device) * 2 - 1, labels.to(device)
+        noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
+        x_t = train.forward_diffusion_sample(x_0, t, noise, model.alphas_cumprod)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = F.mse_loss(model(x_t, t, labels).float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def flops_of_an_image(state, image, label):
+    """Return the floating point operations of an image's way forwards and backwards."""
+    t = torch.tensor([500], device=label.device)
     with FlopCounterMode(display=False) as counter:
-        training_loss(textbook, textbook.alphas_cumprod, images[:size].float(), labels[:size],
-                      generator(device, 0)).backward()
-    ours = our_training(state, images, labels, size)
+        state.model(image / 127.5 - 1, t, label).sum().backward()
+    return counter.get_total_flops()
+
+
+def training_speed(args, device):
+    """Print images a second of training, beside the textbook loop and a matrix product."""
+    images, labels = train.load_mnist(True, device=device)
+    state = train.State(train.Settings(batch_size=args.batch_size), device)
+    flops = flops_of_an_image(state, images[:1], labels[:1])
+    ours = functools.partial(our_training, state, images, labels)
     ours()
-    memory = peak_memory(device)  # before the textbook's loop adds its own
+    memory = peak_memory(device)  # before the textbook loop adds its own
+    n = args.batch_size * TRAINING_STEPS
+    tasks = {"training": (ours, n, "images")}
+    types = {"float32": False, "bfloat16": True} if has_bf16(device) else {"float32": False}
+    for name, bf16 in types.items():
+        model = train.SimpleUnet().to(device)
+        tasks[f"textbook {name}"] = functools.partial(
+            textbook_training, model, torch.optim.Adam(model.parameters(), 1e-3),
+            textbook_batches(args.batch_size), device, bf16), n, "images"
     side = 16384 if device.type == "cuda" else 2048  # enough for full speed
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
-    n = size * TRAINING_STEPS
-    r = rates({"training": (ours, n, "images"),
-               "textbook loop": (textbook_training(textbook, device, size), n, "images"),
-               "matrix product": (lambda: matrix @ matrix, 2 * side**3 / 1e9, "GFLOP")}, device)
-    gflop = counter.get_total_flops() / size / 1e9
-    print(f"training is {ratio(r['training'], r['textbook loop']):.1f} times the textbook loop's rate\n"
-          f"{gflop * 1000:.0f} MFLOP an image, forwards and backwards, "
-          f"make {ratio(r['training'], r['matrix product']) * gflop:.0%} of the matrix product's; "
-          f"peak memory {memory / 2**20:.0f} MiB")
-    state["log"] = [dict(epoch=n + 1, loss=1 / (n + 1)) for n in range(settings.n_epochs)]
+    matrix = torch.randn(side, side, device=device).to(
+        torch.bfloat16 if has_bf16(device) else torch.float32)
+    tasks["matrix product"] = lambda: matrix @ matrix, 2 * side**3 / 1e9, "GFLOP"
+    measured = rates(tasks, device)
+    ratios = [f"{ratio(measured['training'], measured[f'textbook {name}']):.2f}" for name in types]
+    share = ratio(measured["training"], measured["matrix product"]) * flops / 1e9
+    print(f"training is {ratios[0]} times the textbook loop's rate"
+          + (f", {ratios[1]} times that of one in bfloat16" if len(ratios) > 1 else ""))
+    print(f"{flops / 1e6:.0f} MFLOP an image, forwards and backwards, make {share:.0%} of the "
+          f"matrix product's; peak memory {memory:.0f} MiB")
     with tempfile.TemporaryDirectory() as folder:
-        settings.root = Path(folder)
-        saving = statistics.median(seconds(lambda: save_state(state, settings, []), device) for _ in range(7))
-    print(f"saving the state takes {saving:.2f} s, every {SAVE_INTERVAL} s: {saving / SAVE_INTERVAL:.1%}")
+        state.log = [dict(epoch=n, loss=1 / n, seconds=1.0) for n in range(1, 1001)]
+        saving = statistics.median(seconds(lambda: train.save_state(state, Path(folder)), device)
+                                   for _ in range(7))
+    print(f"saving the state takes {saving:.2f} s, every {train.SAVE_INTERVAL} s: "
+          f"{saving / train.SAVE_INTERVAL:.1%}")
 
 
 @torch.inference_mode()
-def sampling_speed(args):
-    """Print the digits that the default sampler makes in a second, beside the limit: the network alone, as often."""
-    model, _ = load_checkpoint(args.checkpoint_path, args.device)
-    digits, steps = 10 * CHUNK, 10
+def sampling_speed(args, device):
+    """Print digits a second of the default sampler, and of the network alone, as often."""
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    digits, steps = 10 * CHUNK, SAMPLERS["dpm"][1]
     labels = torch.arange(digits) % 10
-    eps = noise_predictor(model, labels[:CHUNK].to(args.device), guidance=1)
+    eps = noise_predictor(model, labels[:CHUNK].to(device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
-    x_t = torch.randn(CHUNK, channels, size, size, device=args.device)
+    x_t = torch.randn(CHUNK, channels, size, size, device=device)
 
     def network():
         for i in range(digits // CHUNK * steps):
             eps(x_t, 80 * (i % steps))
 
-    r = rates({"sampling": (lambda: sample(model, labels, steps=steps), digits, "digits"),
-               "network alone": (network, digits, "digits")}, args.device)
-    print(f"sampling reaches {ratio(r['sampling'], r['network alone']):.0%} of the network's rate; "
-          f"peak memory {peak_memory(args.device) / 2**20:.0f} MiB")
+    measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
+                      "network alone": (network, digits, "digits")}, device)
+    print(f"sampling reaches {ratio(measured['sampling'], measured['network alone']):.0%} of the "
+          f"network's rate; peak memory {peak_memory(device):.0f} MiB")
 
 
+# ---- quality ----
 @torch.inference_mode()
-def reference(args):
-    """Return classifier, the test images' features (10000, 128), and the labels (N,) of the digits to generate."""
-    classifier = load_classifier(CLASSIFIER, args.device)
-    images, labels = load_mnist(False, device=args.device)
-    return classifier, classify(classifier, mnist_pixels(images), 500)[0], spread_labels(labels, args.n_samples)
+def make_judge(device, n_samples):
+    """Return (labels (N,), function that tells accuracy and classifier FID of their digits)."""
+    classifier = load_classifier(device)
+    images, true_labels = train.load_mnist(False, device=device)
+    real, _ = classify(classifier, mnist_pixels(images))
+    labels = spread_labels(true_labels, n_samples)
+
+    @torch.inference_mode()
+    def judge(digits):
+        features, read = classify(classifier, mnist_pixels(digits.to(device)))
+        return (read == labels).double().mean().item(), frechet_distance(features, real)
+    return labels, judge
 
 
-@torch.inference_mode()
-def sampler_table(args):
-    """Print classifier FID, with its standard deviation over seeds, and the seconds for 1,000 digits."""
-    model, _ = load_checkpoint(args.checkpoint_path, args.device)
-    classifier, real, labels = reference(args)
+def with_deviation(values, form):
+    """Return the mean and, of several values, the standard deviation as text."""
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def sampler_table(args, device):
+    """Print classifier FID and the seconds for 1,000 digits."""
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    labels, judge = make_judge(device, args.n_samples)
     sample(model, labels[:CHUNK])  # warm up
 
     def cell(sampler, steps):
@@ -184,105 +203,100 @@ def sampler_table(args):
             start = time.perf_counter()
             digits = sample(model, labels, sampler, steps, seed)[-1]
             times.append((time.perf_counter() - start) * 1000 / args.n_samples)
-            features, _ = classify(classifier, mnist_pixels(digits.to(args.device)), 500)
-            distances.append(frechet_distance(features, real))
-        spread = f" ± {statistics.stdev(distances):.4f}" if args.seeds > 1 else ""
-        return f"{statistics.mean(distances):.4f}{spread}, {statistics.mean(times):.2f} s"
+            distances.append(judge(digits)[1])
+        return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
 
-    print(f"classifier FID of {args.n_samples:,} digits, {args.seeds} seeds; seconds for 1,000 digits\n\n"
-          f"| sampler | {' | '.join(f'{steps} steps' for steps in args.steps)} |\n|---{'|---' * len(args.steps)}|")
-    for sampler in args.samplers:
-        print(f"| {sampler} | {' | '.join(cell(sampler, steps) for steps in args.steps)} |", flush=True)
-
-
-class VUnet(train.SimpleUnet):
-    """A U-Net whose layers make v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans & Ho 2022), from which eps follows."""
-
-    def forward(self, x_t, t, labels):
-        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - a).sqrt().to(x_t) * x_t + a.sqrt().to(x_t) * super().forward(x_t, t, labels)
+    print(f"classifier FID of {args.n_samples:,} digits, {args.seeds} seeds; seconds for 1,000\n")
+    print(f"| sampler | {' | '.join(f'{steps} steps' for steps in args.steps)} |")
+    print(f"|---{'|---' * len(args.steps)}|")
+    for name in SAMPLERS:
+        print(f"| {name} | {' | '.join(cell(name, steps) for steps in args.steps)} |", flush=True)
 
 
-class UnlabelledUnet(train.SimpleUnet):
-    """A U-Net whose label embedding starts from 0."""
-
-    def __init__(self, *form):
-        super().__init__(*form)
-        torch.nn.init.zeros_(self.label_embedding.weight)
-
-
-def ddpm_loss(network, alphas_cumprod, x_0, labels, rng):
-    """Return DDPM's loss: every t as often, every t the same weight."""
-    t = torch.randint(len(alphas_cumprod), labels.shape, generator=rng, device=x_0.device)
-    noise = torch.randn(x_0.shape, generator=rng, device=x_0.device)
-    hidden = torch.rand(labels.shape, generator=rng, device=x_0.device) < train.LABEL_DROPOUT
-    labels = labels.masked_fill(hidden, train.NULL_LABEL)
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
-        eps = network(forward_diffusion_sample(x_0, t, noise, alphas_cumprod), t, labels)
-    return F.mse_loss(eps, noise)
+def adamw_alone(state):
+    """Give Muon's kernels to AdamW."""
+    kernels = [kernel for stack in state.muon.stacks for kernel in stack]
+    state.adamw.add_param_group(dict(params=kernels))
+    state.muon.stacks, state.muon.buffers = [], []
 
 
-def adamw_alone(model):
-    """Return two AdamW in place of Muon and AdamW."""
-    muon, adamw = MAKE_OPTIMIZERS(model)
-    return torch.optim.AdamW(muon.param_groups[0]["params"], betas=(0.9, 0.99), weight_decay=0, fused=True), adamw
+@torch.no_grad()
+def labels_from_0(state):
+    """Let the label embedding start from 0."""
+    for model in (state.model, state.average):
+        model.label_embedding.weight.zero_()
 
 
-MAKE_OPTIMIZERS, TRAINING_STEP = train.make_optimizers, train.training_step
-RECIPES = {
-    "the recipe": {"training_step": TRAINING_STEP},
-    "every t as often and as heavy (DDPM's loss)": {"training_loss": ddpm_loss},
-    "the layers make v, not eps": {"SimpleUnet": VUnet},
-    "AdamW at 0.002 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.002, "adamw": 0.002}},
-    "AdamW at 0.005 for all": {"make_optimizers": adamw_alone, "LEARNING_RATES": {"muon": 0.005, "adamw": 0.005}},
-    "no average of the weights": {"get_ema_multi_avg_fn": lambda decay: get_ema_multi_avg_fn(0.0)},
-    "a rate that does not fall": {"training_step": lambda *rest: TRAINING_STEP(*rest[:-1], float("inf"))},
-    "a tenth of the labels hidden": {"LABEL_DROPOUT": 0.1},
-    "label embedding from 0": {"SimpleUnet": UnlabelledUnet},
+RECIPES = {  # other settings; what is done to the state; whether the rates fall
+    "the recipe": ({}, None, True),
+    "t nearly uniform, all as heavy (as DDPM)": (
+        dict(t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
+    "AdamW at 0.002 for all": (dict(adamw_rate=0.002), adamw_alone, True),
+    "AdamW at 0.005 for all": (dict(adamw_rate=0.005), adamw_alone, True),
+    "no average of the weights": (dict(ema_decay=0.0), None, True),
+    "rates that do not fall": ({}, None, False),
+    "a tenth of the labels hidden": (dict(label_dropout=0.1), None, True),
+    "label embedding from 0": ({}, labels_from_0, True),
 }
 
 
-def recipe_table(args):
+def train_variant(name, settings, images, labels):
+    """Return the averaged network of a run of a variant of the recipe."""
+    overrides, change, falling = RECIPES[name]
+    state = train.State(dataclasses.replace(settings, **overrides), images.device)
+    if change:
+        change(state)
+    steps = settings.n_epochs * (len(images) // settings.batch_size)
+    for epoch in range(settings.n_epochs):
+        state.log = [None] * epoch
+        for batch in train.batches_left(state, len(images)):
+            train.training_step(state, images[batch], labels[batch],
+                                steps if falling else math.inf)
+    return state.average
+
+
+def recipe_table(args, device):
     """Train with one choice at a time taken back; print what the digits are worth then."""
-    classifier, real, labels = reference(args)
-    images, digits = load_mnist(True, device=args.device)
-    form = argparse.Namespace(channels=1, image_size=28, time_steps=1000, seed=args.seed, device=args.device)
-    steps = len(images) // args.batch_size
-    print(f"{args.n_epochs} epochs, batch {args.batch_size}; {args.n_samples:,} digits\n\n"
-          "| | accuracy | classifier FID |\n|---|---|---|")
-    for name, changes in RECIPES.items():
-        with mock.patch.multiple(train, **changes):
-            state = train.new_state(form)
-            for epoch in range(args.n_epochs):
-                rng = generator(args.device, args.seed, 0, epoch)
-                order = torch.randperm(len(images), generator=rng, device=args.device)
-                for batch in order.split(args.batch_size)[:steps]:
-                    train.training_step(state["model"], state, images[batch] / 127.5 - 1, digits[batch], args.seed,
-                                        args.n_epochs * steps)
-        with torch.inference_mode():
-            made = sample(state["ema"], labels, seed=args.seed)[-1]
-            features, read = classify(classifier, mnist_pixels(made.to(args.device)), 500)
-        accuracy = (read == labels).double().mean().item()
-        print(f"| {name} | {accuracy:.2%} | {frechet_distance(features, real):.4f} |", flush=True)
+    wanted, judge = make_judge(device, args.n_samples)
+    images, labels = train.load_mnist(True, device=device)
+    print(f"{args.n_epochs} epochs, batch {args.batch_size}; {args.n_samples:,} digits, "
+          f"{args.seeds} seeds\n\n| | accuracy | classifier FID |\n|---|---|---|")
+    for name in RECIPES:
+        judged = []
+        for seed in range(args.seeds):
+            settings = train.Settings(n_epochs=args.n_epochs, batch_size=args.batch_size, seed=seed)
+            average = train_variant(name, settings, images, labels)
+            judged.append(judge(sample(average, wanted, seed=seed)[-1]))
+        accuracies, distances = zip(*judged, strict=True)
+        print(f"| {name} | {with_deviation(accuracies, '.2%')} | "
+              f"{with_deviation(distances, '.4f')} |", flush=True)
 
 
-TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table, "recipe": recipe_table}
+# ---- command line ----
+TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table,
+          "recipe": recipe_table}
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=TABLES)
-    parser.add_argument("--checkpoint_path", type=Path, default=REPOSITORY / "checkpoints/pretrained.pth")
-    parser.add_argument("--batch_size", type=bounded(int, 1, 2000), default=128, help="images in a training step")
-    parser.add_argument("--n_epochs", type=bounded(int, 1), default=5, help="for each row of the recipe's table")
-    parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=list(SAMPLERS), help="rows of the table")
-    parser.add_argument("--steps", type=bounded(int, 1), nargs="+", default=[5, 10, 20, 50, 1000], help="its columns")
-    parser.add_argument("--n_samples", type=bounded(int, 2000, 50_000), default=10_000, help="digits for a distance")
-    parser.add_argument("--seeds", type=bounded(int, 1, 100), default=3, help="repetitions of each")
+    add = parser.add_argument
+    add("what", choices=TABLES)
+    add("--checkpoint_path", type=Path, default=REPOSITORY / "checkpoints/pretrained.pth")
+    add("--batch_size", type=bounded(int, 1, 2000), default=128)
+    add("--n_epochs", type=bounded(int, 1), default=2, help="of each of the recipe's rows")
+    add("--steps", type=bounded(int, 1), nargs="+", default=[5, 10, 20, 50, 1000],
+        help="the samplers' columns")
+    add("--n_samples", type=bounded(int, 2000, 50_000), default=10_000)
+    add("--seeds", type=bounded(int, 1, 100), default=3)
     args = parser.parse_args(argv)
-    print(hardware(args.device))
-    TABLES[args.what](args)
+    device = torch.device(args.device)
+    name = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
+    train.keep_freed_memory()
+    TABLES[args.what](args, device)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

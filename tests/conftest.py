@@ -1,5 +1,6 @@
-"""Fixtures: a fast random network, a small MNIST for runs in this process, and a small copy of the repository."""
+"""Fixtures: a fast random network, a small MNIST, a small copy of the repository."""
 import csv
+import gzip
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import test
 import train
+from common import load_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -27,20 +29,21 @@ def small_model():
 
 @pytest.fixture(scope="session")
 def mnist():
-    """{True: (images, labels) of the training set, False: of the test set}, at 28 x 28 pixels, grey."""
+    """{True: (images, labels) of the training set, False: of the test set}, 28 x 28, grey."""
     return {part: train.load_mnist(part) for part in (True, False)}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=10, help="processes to kill in test_kills_at_any_moment")
+    parser.addoption("--kills", type=int, default=10, help="in test_kills_at_any_moment")
 
 
 def use_small_mnist(monkeypatch):
-    """Give main() in this process few images: 500 test images; train.py 256 training images, test.py 3,000."""
+    """Give main() in this process few images: 500 of the test set; train.py 256, test.py 3,000."""
     load = train.load_mnist
     for module, count in ((train, 256), (test, 3000)):
-        monkeypatch.setattr(module, "load_mnist", lambda part, *form, count=count, **keywords: [
-            values[:count if part else 500] for values in load(part, *form, **keywords)])
+        def load_few(part, *form, count=count, **keywords):
+            return [values[:count if part else 500] for values in load(part, *form, **keywords)]
+        monkeypatch.setattr(module, "load_mnist", load_few)
 
 
 @pytest.fixture
@@ -51,7 +54,8 @@ def small_mnist(monkeypatch):
 def write_checkpoint(path, model, epoch, **other):
     """Write a checkpoint as train.py does; other: entries to add or replace."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = dict(epoch=epoch, model_state_dict=model.state_dict(), loss=0.5, config=model.config)
+    checkpoint = dict(epoch=epoch, model_state_dict=model.state_dict(), loss=0.5,
+                      config=model.config)
     torch.save(checkpoint | other, path)
     return path
 
@@ -64,29 +68,30 @@ def read_csv(path):
 
 def saved_state(root):
     """Return the content of latest.pth, without the times that it holds."""
-    state = train.load_tensors(root / train.LATEST)
+    state = load_tensors(root / train.LATEST)
     state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
     del state["seconds"]
     return state
 
 
-def write_idx(path, array):
-    """Write a uint8 array in MNIST's file format."""
+def write_archive(path, array):
+    """Write a uint8 array as one of MNIST's archives."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-    path.write_bytes(header + array.tobytes())
+    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 @pytest.fixture(scope="session")
 def small_repository(tmp_path_factory, mnist):
-    """A copy of the repository as a user has it, but with 3,000 training and 500 test images."""
+    """A copy of the repository as a user has it, with 3,000 training and 500 test images."""
     folder = tmp_path_factory.mktemp("repository")
     raw = folder / "mnist/MNIST/raw"
     raw.mkdir(parents=True)
     for part, name, count in ((True, "train", 3000), (False, "t10k", 500)):
         images, labels = (values[:count].byte().numpy() for values in mnist[part])
-        write_idx(raw / f"{name}-images-idx3-ubyte", images[:, 0])
-        write_idx(raw / f"{name}-labels-idx1-ubyte", labels)
-    shutil.copytree(REPOSITORY / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        write_archive(raw / f"{name}-images-idx3-ubyte.gz", images[:, 0])
+        write_archive(raw / f"{name}-labels-idx1-ubyte.gz", labels)
+    shutil.copytree(REPOSITORY / "src", folder / "src",
+                    ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "checkpoints").mkdir()
     shutil.copy(REPOSITORY / "checkpoints/classifier.pth", folder / "checkpoints")
     return folder
@@ -99,16 +104,17 @@ def call(folder, *command):
 
 
 def error_of(main, argv, capsys):
-    """Return the error message of main(argv), after checking that it is one line and that the exit code is not 0."""
+    """Return the error message of main(argv): one line, with an exit code that is not 0."""
     with pytest.raises(SystemExit) as stop:
-        train.run(lambda: main(argv))
-    message = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
-    assert stop.value.code != 0 and "error: " in message and message.strip().count("\n") == 0
+        main(argv)
+    code = stop.value.code
+    message = capsys.readouterr().err if isinstance(code, int) else code
+    assert code != 0 and message and message.strip().count("\n") == 0
     return message
 
 
 @pytest.fixture(scope="session")
 def trained(small_repository):
-    """(folder, completed process) of 'python src/train.py' in the small repository, for two epochs."""
+    """(folder, completed process) of two epochs of 'python src/train.py' in the small one."""
     flags = "--n_epochs 2 --save_every 1 --batch_size 64 --device cpu".split()
     return small_repository, call(small_repository, "src/train.py", *flags)
