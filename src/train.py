@@ -7,7 +7,6 @@ The way of an image: archive, uint8 tensor, x_0, x_t, eps, loss, step. After it:
 """
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import gzip
 import math
@@ -496,16 +495,8 @@ def start_processes(device):
     return device
 
 
-def keep_freed_memory():
-    """Let glibc keep what is freed, as each step needs the same again: 5 to 15 % of the time."""
-    with contextlib.suppress(AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
 def main(argv=None):
     args = training_parser().parse_args(argv)
-    keep_freed_memory()
     device = start_processes(args.device)
     state = start_state(args, device)
     settings = state.settings

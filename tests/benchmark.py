@@ -294,7 +294,6 @@ def main(argv=None):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
-    train.keep_freed_memory()
     TABLES[args.what](args, device)
 
 
