@@ -5,8 +5,10 @@
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -243,7 +245,7 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
 
     floor = scores(describe(pick_images(*train_set, labels), *judges), labels, real, thresholds)
     floor["copies"] = (real.distances < thresholds[test_set[1]]).double().mean().item()
-    yield [dict(epoch="real", seed=None, mse=None, **floor, **common)]
+    yield [dict(epoch="real", seed=None, mse=math.nan, **floor, **common)]
     for path in paths:
         model, checkpoint = load_checkpoint(path, device)
         if model.config != config:
@@ -262,53 +264,41 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
 
 
 # ---- output ----
-COLUMNS = {  # width and format of each metric in the printed table
-    "mse": (8, ".5f"), "fid_latent": (11, ".4f"), "fid_classifier": (15, ".4f"),
-    "precision": (10, ".3f"), "recall": (7, ".3f"), "accuracy": (9, ".2%"), "copies": (7, ".2%")}
+METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
+HEAD = " epoch      mse  fid_latent  fid_classifier  precision  recall  accuracy  copies"
+LINE = ("{:>6} {mse:8.5f} {fid_latent:11.4f} {fid_classifier:15.4f} {precision:10.3f} "
+        "{recall:7.3f} {accuracy:9.2%} {copies:7.2%}")
 
 
-def mean_and_std(rows, name):
-    """Return a metric's mean and standard deviation over rows; None where there is none."""
-    values = torch.tensor([row[name] for row in rows if row[name] is not None]).double()
-    return (values.mean().item() if len(values) else None,
-            values.std().item() if len(values) > 1 else None)
-
-
-def print_head(n_samples, n_seeds, latent_path):
-    print(f"{n_samples:,} digits; seeds: {n_seeds}; latent space: {latent_path.name}")
-    print(" epoch", *(name.rjust(width) for name, (width, _) in COLUMNS.items()))
+def mean_and_std(rows):
+    """Return {metric: mean over rows} and {metric: standard deviation}; 0 for a single row."""
+    values = {name: np.array([row[name] for row in rows]) for name in METRICS}
+    ddof = 1 if len(rows) > 1 else 0
+    return ({name: v.mean() for name, v in values.items()},
+            {name: v.std(ddof=ddof) for name, v in values.items()})
 
 
 def print_rows(rows):
     """Print the means of one epoch's rows and, where there are several, their deviations."""
-    means, deviations = zip(*(mean_and_std(rows, name) for name in COLUMNS), strict=True)
-    print_line(rows[0]["epoch"], means)
+    means, deviations = mean_and_std(rows)
+    print(LINE.format(rows[0]["epoch"], **means), flush=True)
     if len(rows) > 1:
-        print_line("+-", deviations)
-
-
-def print_line(name, values):
-    cells = [str(name).rjust(6)]
-    for value, (width, form) in zip(values, COLUMNS.values(), strict=True):
-        cells.append(("-" if value is None else format(value, form)).rjust(width))
-    print(*cells, flush=True)
+        print(LINE.format("+-", **deviations), flush=True)
 
 
 def plot_metrics(file, evaluations):
     """Draw MSE and Frechet distances against the epoch. evaluations: what evaluate yields."""
     (floor,), *evaluations = evaluations
     epochs = [rows[0]["epoch"] for rows in evaluations]
+    means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [rows[0]["mse"] for rows in evaluations], "o-", color="#009E73")
+    left.plot(epochs, [mean["mse"] for mean in means], "o-", color="#009E73")
     left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
-    for space, color in (("classifier", "#D55E00"), ("latent", "#0072B2")):
-        means, deviations = zip(*(mean_and_std(rows, f"fid_{space}") for rows in evaluations),
-                                strict=True)
-        right.errorbar(epochs, means, [deviation or 0 for deviation in deviations], fmt="o-",
-                       capsize=3, color=color, label=f"{space} features")
-        right.axhline(floor[f"fid_{space}"], ls="--", color=color,
-                      label=f"{space} floor (training images)")
+    for name, color in (("fid_classifier", "#D55E00"), ("fid_latent", "#0072B2")):
+        right.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
+                       fmt="o-", capsize=3, color=color, label=name)
+        right.axhline(floor[name], ls="--", color=color, label=f"{name} of training images")
     right.set(title=f"FID of {floor['n_samples']:,} digits", xlabel="epoch", yscale="log")
     figure.legend(loc="outside lower right", ncols=4, fontsize="small")
     for axes in (left, right):
@@ -358,7 +348,7 @@ def main(argv=None):
     paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
     refuse_contradictions(args, load_checkpoint(paths[-1])[0].config, paths[-1])
     seeds, evaluations = range(args.seed, args.seed + args.seeds), []
-    print_head(args.n_samples, args.seeds, paths[-1])
+    print(f"{args.n_samples:,} digits; seeds: {args.seeds}; latent space: {paths[-1]}\n{HEAD}")
     with replacing(datas / "metrics.png") as file:
         for rows in evaluate(paths, device, args.n_samples, seeds, datas, args.batch_size):
             evaluations.append(rows)

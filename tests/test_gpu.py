@@ -15,7 +15,8 @@ import test
 import train
 
 CUDA = torch.device("cuda", 0)
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor",
+                                        "ignore:CUDA is not available")
 
 
 class FakeGenerator(torch.Generator):
