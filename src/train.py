@@ -267,7 +267,7 @@ class State:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.model = SimpleUnet(settings.channels, settings.image_size, settings.time_steps)
-        self.model.to(device)
+        self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
         self.network, self.share, self.is_first = self.model, slice(None), True
         if dist.is_initialized():  # a process takes its share of each batch; the first one writes

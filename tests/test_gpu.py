@@ -48,7 +48,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **form: self)
     with FakeTensorMode(allow_non_fake_inputs=True), CUDA:
         yield
 
