@@ -3,7 +3,7 @@ PYTHON = .venv/bin/python
 demo: .venv/installed
 	rm -rf demo
 	$(PYTHON) src/train.py --root demo --n_epochs 2 --save_every 1 --batch_size 64
-	$(PYTHON) src/generate.py --root demo --labels 0-9 --n_samples 100
+	$(PYTHON) src/generate.py --root demo --labels 0 1 2 3 4 5 6 7 8 9 --n_samples 100
 	$(PYTHON) src/test.py --root demo --n_samples 2000
 	@echo "digits:  demo/generated_samples/generated_samples_2.png"
 	@echo "metrics: demo/datas/metrics.png"

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import os
 import zipfile
@@ -33,7 +34,8 @@ def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu.get_capabilities()
-    return any(cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.backends.mkldnn.is_available() and any(
+        cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 PURPOSES = ["order", "step", "samples", "evaluation"]
@@ -66,8 +68,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, or choose another "
-                         "place; what it held is kept") from error
+        raise InputError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
+                         "another place; what it held is kept") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -109,26 +111,30 @@ def epoch_checkpoints(root):
 # ---- flags ----
 def bounded(kind, minimum, maximum=10**9):
     """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
-    def parse(text):
+    def number(text):  # "invalid number value", says argparse
         value = kind(text)
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")
         return value
-    parse.__name__ = kind.__name__  # for argparse's own message
-    return parse
+    return number
 
 
 def make_parser(description):
-    """Return a parser with the flags that all scripts share."""
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    """Return (parser, add): a parser with the flags that all scripts share, and its add_flag."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      usage=argparse.SUPPRESS)  # errors take one line
-    parser.add_argument("--root", type=Path, default=Path(), help="the folder of checkpoints, "
-                        "generated_samples and datas (default: the current one)")
-    parser.add_argument("--device", choices=devices, default=devices[0],
-                        help="where to compute (default: %(default)s)")
-    return parser
+    add = functools.partial(add_flag, parser)
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    add("root", "folder of checkpoints, generated_samples and datas", Path(), type=Path)
+    add("device", "where to compute", devices[0], choices=devices)
+    return parser, add
+
+
+def add_flag(parser, name, text, default=None, **kind):
+    """Add the flag --name. Its help is the text and, where there is one, the default."""
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(f"--{name}", help=text + shown, default=default, **kind)
 
 
 def refuse_contradictions(args, config, path):

@@ -1,14 +1,13 @@
 """Generate digits with trained checkpoints.
 
-    python src/generate.py                                a grid of 16 digits for every checkpoint
-    python src/generate.py --labels 0-9 --n_samples 100   ten columns, one for each digit
-    python src/generate.py --out digits.npz               arrays; .gif: an animation
+    python src/generate.py                              a grid of 16 digits for every checkpoint
+    python src/generate.py --labels 3 1 4               these, again and again
+    python src/generate.py --out digits.npz             arrays; .gif: an animation
 
 The samplers come first, then sampling in chunks, pictures and arrays, checkpoints.
 """
-import argparse
+import functools
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,14 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generator, has_bf16,
-                    load_tensors, make_parser, reading, refuse_contradictions, replacing)
+from common import (REPOSITORY, InputError, add_flag, bounded, epoch_checkpoints, generator,
+                    has_bf16, load_tensors, make_parser, reading, refuse_contradictions, replacing)
 from train import NULL_LABEL, SimpleUnet, cumulative_alphas
 
 CHUNK = 100  # digits sampled together, always, so that digit i depends on the seed and i alone
 
 
 # ---- samplers ----
-# All take (eps, x_t, levels, rng, eta, clip) and yield x_t after every step, the last one clean.
-# eps(x_t, t) predicts the noise in x_t at step t, an int; x_t: noise (B, C, H, W); levels: see
-# noise_levels; rng draws fresh noise, eta times as much as DDPM's; clip keeps predicted images in
-# [-1, 1]. Coefficients are Python's floats, of 64 bits.
-
 def noise_levels(time_steps, steps):
     """Return [(t, a, a_next)]: each step's t and the alphas_cumprod before and after it.
 
@@ -56,6 +50,11 @@ def draw_next(x_t, x_0, a, a_next, rng, eta):
     mean = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next - sigma**2) * noise
     return mean + sigma * torch.randn(x_t.shape, generator=rng, device=x_t.device)
 
+
+# All take (eps, x_t, levels, rng, eta, clip) and yield x_t after every step, the last one clean.
+# eps(x_t, t) predicts the noise in x_t at step t, an int; x_t: noise (B, C, H, W); levels: those of
+# noise_levels; rng draws fresh noise, eta times as much as DDPM's; clip keeps predicted images in
+# [-1, 1]. Coefficients are Python's floats, of 64 bits.
 
 def ddim(eps, x_t, levels, rng, eta, clip=True):
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12).
@@ -100,7 +99,7 @@ def noise_predictor(model, labels, guidance):
     guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022). At 1 that is eps_label,
     and the network is not asked for eps_null.
     """
-    both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+    label_and_null = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
     def predict(x_t, t, labels):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
@@ -109,44 +108,13 @@ def noise_predictor(model, labels, guidance):
     def eps(x_t, t):
         if guidance == 1:
             return predict(x_t, t, labels)
-        eps_label, eps_null = predict(x_t.repeat(2, 1, 1, 1), t, both).chunk(2)
+        eps_label, eps_null = predict(x_t.repeat(2, 1, 1, 1), t, label_and_null).chunk(2)
         return eps_null + guidance * (eps_label - eps_null)
     return eps
 
 
-@torch.inference_mode()
-def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
-    """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
-
-    The F = n_frames frames show x_t, evenly spread over the steps; the last is the clean image.
-    steps and eta are by default the sampler's own, see SAMPLERS. On one machine image i depends on
-    i, the seed, labels[i] and these settings alone. Raises InputError for what cannot be.
-    """
-    check_settings(model, labels, sampler, steps)
-    device, config = next(model.parameters()).device, model.config
-    function, default_steps, default_eta = SAMPLERS[sampler]
-    steps = steps or min(default_steps or config["time_steps"], config["time_steps"])
-    eta = default_eta if eta is None else eta
-    levels = noise_levels(config["time_steps"], steps)
-    shown = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
-    shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
-    chunks, images = labels.split(CHUNK), []
-    with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
-        for number, chunk in enumerate(chunks):
-            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
-            rng = generator(device, "samples", seed, number)
-            noise, frames = torch.randn(shape, generator=rng, device=device), []
-            for step, x_t in enumerate(function(eps, noise, levels, rng, eta), 1):
-                if step in shown:
-                    pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
-                    frames.append(pixels.byte().cpu())
-                bar.update()
-            images.append(torch.stack(frames))
-    return torch.cat(images, dim=1)
-
-
 def check_settings(model, labels, sampler, steps):
-    """Raise InputError for settings that sample cannot follow."""
+    """Raise InputError for labels, a sampler or steps that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
         raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
     if sampler not in SAMPLERS:
@@ -156,29 +124,43 @@ def check_settings(model, labels, sampler, steps):
                          f"steps, not {steps}")
 
 
+@torch.no_grad()
+def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
+    """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
+
+    The frames show x_t after n_frames of the steps, or after all if there are fewer; the last is
+    the clean image. steps and eta are by default the sampler's, see SAMPLERS. On one machine image
+    i depends on i, the seed, labels[i] and these settings alone. Raises InputError as
+    check_settings does.
+    """
+    check_settings(model, labels, sampler, steps)
+    device, config = next(model.parameters()).device, model.config
+    function, default_steps, default_eta = SAMPLERS[sampler]
+    steps = steps or min(default_steps or config["time_steps"], config["time_steps"])
+    eta = default_eta if eta is None else eta
+    levels = noise_levels(config["time_steps"], steps)
+    framed = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
+    shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
+    chunks, images = labels.split(CHUNK), []
+    with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
+        for number, chunk in enumerate(chunks):
+            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
+            rng = generator(device, "samples", seed, number)
+            noise, frames = torch.randn(shape, generator=rng, device=device), []
+            for step, x_t in enumerate(function(eps, noise, levels, rng, eta), 1):
+                if step in framed:
+                    pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
+                    frames.append(pixels.byte().cpu())
+                bar.update()
+            images.append(torch.stack(frames))
+    return torch.cat(images, dim=1)
+
+
 def choose_labels(n_samples, labels=None, seed=0):
     """Return labels (N,) int64: those given, again and again, or digits that the seed draws."""
     if labels is None:
         return torch.from_numpy(np.random.default_rng(seed).integers(10, size=n_samples))
-    return torch.from_numpy(np.resize(labels, n_samples))
-
-
-def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
-                     save_dir="generated_samples", labels=None, seed=0, **settings):
-    """Write the grid save_dir/generated_samples_{epoch}.png; return its images (N, C, H, W) uint8.
-
-    With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
-    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
-    and eta. Raises InputError for what sample cannot follow.
-    """
-    if checkpoint_path:
-        model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
-        epoch = checkpoint["epoch"]
-    chosen = choose_labels(n_samples, labels, seed)
-    with replacing(grid_path(save_dir, epoch)) as file:
-        images = sample(model, chosen, seed=seed, **settings)[-1]
-        draw_grid(images, count_columns(n_samples, labels)).save(file, format="png")
-    return images
+    return torch.from_numpy(np.resize(labels, n_samples)).long()
 
 
 # ---- pictures and arrays ----
@@ -243,49 +225,48 @@ def find_checkpoints(root, epochs, checkpoint_path=None):
     return [path for epoch, path in found.items() if epoch <= epochs]
 
 
+def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
+                     save_dir="generated_samples", labels=None, seed=0, **settings):
+    """Write the grid save_dir/generated_samples_{epoch}.png; return its images (N, C, H, W) uint8.
+
+    With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
+    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
+    and eta. Raises InputError as sample does.
+    """
+    if checkpoint_path:
+        model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
+        epoch = checkpoint["epoch"]
+    chosen = choose_labels(n_samples, labels, seed)
+    with replacing(grid_path(save_dir, epoch)) as file:
+        frames = sample(model, chosen, seed=seed, **settings)
+        write(file, ".png", frames, chosen, count_columns(n_samples, labels))
+    return frames[-1]
+
+
 # ---- command line ----
-def parse_labels(text):
-    """'7' -> [7], '0-9' -> [0, ..., 9], '3,1,4' -> [3, 1, 4], 'none' -> [NULL_LABEL]."""
-    if text == "none":
-        return [NULL_LABEL]
-    labels = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d)(?:-(\d))?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"must be like 7, 0-9, 3,1,4 or none, not {text!r}")
-        labels += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return labels
-
-
-def add_checkpoint_flags(parser):
+def add_checkpoint_flags(parser, add):
     """Add the flags that say which checkpoints to read."""
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--epochs", type=bounded(int, 1), default=1000,
-                        help="take the checkpoints up to this epoch (default: %(default)s)")
-    choice.add_argument("--checkpoint_path", type=Path, help="take this checkpoint alone")
-    parser.add_argument("--channels", type=int, help="refuse checkpoints of other channels")
+    choice = functools.partial(add_flag, parser.add_mutually_exclusive_group())
+    choice("epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
+    choice("checkpoint_path", "take this checkpoint alone", type=Path)
+    add("channels", "refuse checkpoints of other channels", type=int)
 
 
 def generation_parser():
     steps = ", ".join(f"{name} {steps or 'T'}" for name, (_, steps, _) in SAMPLERS.items())
     etas = ", ".join(f"{name} {eta:g}" for name, (_, _, eta) in SAMPLERS.items())
-    parser = make_parser(__doc__)
-    add_checkpoint_flags(parser)
-    add = parser.add_argument
-    add("--n_samples", type=bounded(int, 1, 100_000), default=16,
-        help="digits to generate (default: %(default)s)")
-    add("--labels", type=parse_labels, help="digits to cycle through, like 7, 0-9 or 3,1,4; none: "
-        "leave them to the model (default: drawn from the seed)")
-    add("--sampler", choices=SAMPLERS, default="dpm",
-        help="dpm is the fast one, ddpm the original (default: %(default)s)")
-    add("--steps", type=bounded(int, 1), help=f"network evaluations for a digit (default: {steps})")
-    add("--eta", type=bounded(float, 0, 1), help=f"share of fresh noise (default: {etas})")
-    add("--guidance", type=bounded(float, 0, 100), default=1,
-        help="pull towards the label; 1 is off (default: %(default)s)")
-    add("--seed", type=bounded(int, 0), default=0,
-        help="of all random numbers (default: %(default)s)")
-    add("--out", type=Path, help="write the last checkpoint's digits here: .png grid, .gif "
-        "its animation, .npz arrays (default: grids of all in generated_samples)")
+    parser, add = make_parser(__doc__)
+    add_checkpoint_flags(parser, add)
+    add("n_samples", "digits to generate", 16, type=bounded(int, 1, 100_000))
+    add("labels", f"digits to cycle through; {NULL_LABEL}: any (default: drawn from the seed)",
+        type=int, nargs="+", choices=range(NULL_LABEL + 1), metavar="DIGIT")
+    add("sampler", "dpm is the fast one, ddpm the original", "dpm", choices=SAMPLERS)
+    add("steps", f"network evaluations for a digit (default: {steps})", type=bounded(int, 1))
+    add("eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
+    add("guidance", "pull towards the label; 1 is off", 1, type=bounded(float, 0, 100))
+    add("seed", "of all random numbers", 0, type=bounded(int, 0))
+    add("out", "where the last checkpoint's go: .png grid, .gif its animation, .npz arrays "
+        "(default: grids of all, in generated_samples)", type=Path)
     return parser
 
 
@@ -302,7 +283,7 @@ def main(argv=None):
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
         with replacing(out) as file:
             frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
-                            args.eta, n_frames=24 if out.suffix == ".gif" else 1)
+                            args.eta, n_frames=50 if out.suffix == ".gif" else 1)
             write(file, out.suffix, frames, labels, columns)
         print(f"epoch {checkpoint['epoch']}: {out}")
 

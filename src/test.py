@@ -23,7 +23,8 @@ from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_che
 from train import NULL_LABEL, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
-BATCH_SIZE = 500  # images that the classifier and the bottleneck take at a time
+CHUNK = 500  # images whose features are computed together
+METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
 
 
 # ---- classifier ----
@@ -99,7 +100,7 @@ def mnist_pixels(images):
 
 def classify(classifier, pixels):
     """Return the classifier's features (N, 128) of pixels (N, 784), and the digits it reads (N,)"""
-    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(BATCH_SIZE)]
+    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(CHUNK)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
 
@@ -111,7 +112,7 @@ def latent_features(model, images):
     """
     t = torch.zeros(1, dtype=torch.int64, device=images.device)
     emb = model.embed(t, t + NULL_LABEL)
-    parts = [model.encode(part / 127.5 - 1, emb)[0] for part in images.split(BATCH_SIZE)]
+    parts = [model.encode(part / 127.5 - 1, emb)[0] for part in images.split(CHUNK)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
@@ -133,8 +134,9 @@ def frechet_distance(a, b):
 
 
 def kth_nearest(points, others, k=1):
-    """Return of the k-th nearest of others (M, D) to each of points (N, D) distance and index."""
-    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(500)]
+    """Return (distances (N,), indices (N,)): each of points' (N, D) k-th nearest of others (M, D).
+    """
+    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(CHUNK)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
 
@@ -147,7 +149,7 @@ def coverage(points, centres, k=3):
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
-    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(500)]
+    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -159,33 +161,31 @@ def noise_mse(model, images, labels, batch_size=256):
     """
     rng = generator("cpu", "evaluation", 0)
     t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
-    noise = torch.randn(images.shape, generator=rng)
+    noise = torch.randn(images.shape, generator=rng).to(images.device)
+    batches = [values.split(batch_size) for values in (images, t.to(images.device), noise, labels)]
     total = 0.0
-    for part in torch.arange(len(images)).split(batch_size):
-        t_part, noise_part = t[part].to(images.device), noise[part].to(images.device)
-        part = part.to(images.device)
-        x_t = forward_diffusion_sample(images[part] / 127.5 - 1, t_part, noise_part,
-                                       model.alphas_cumprod)
-        errors = (model(x_t, t_part, labels[part]) - noise_part).square().mean(dim=(1, 2, 3))
+    for images_b, t_b, noise_b, labels_b in zip(*batches, strict=True):
+        x_t = forward_diffusion_sample(images_b / 127.5 - 1, t_b, noise_b, model.alphas_cumprod)
+        errors = (model(x_t, t_b, labels_b) - noise_b).square().mean(dim=(1, 2, 3))
         total += errors.double().sum().item()
     return total / len(images)
 
 
 # ---- evaluation ----
-class Features(NamedTuple):
+class Described(NamedTuple):
     """What the metrics need to know of N images."""
-    classifier: torch.Tensor  # (N, 128)
+    features: torch.Tensor  # (N, 128), the classifier's
     digits: torch.Tensor  # (N,), as the classifier reads them
-    latent: torch.Tensor  # (N, D)
+    latents: torch.Tensor  # (N, D), the diffusion model's
     distances: torch.Tensor  # (N,), in pixels, to the nearest training image
     nearest: torch.Tensor  # (N,), its index
 
 
 def describe(images, classifier, latent_model, train_pixels):
-    """Return the Features of images (N, C, H, W) uint8."""
+    """Return the Described of images (N, C, H, W) uint8."""
     pixels = mnist_pixels(images)
-    return Features(*classify(classifier, pixels), latent_features(latent_model, images),
-                    *kth_nearest(pixels, train_pixels))
+    return Described(*classify(classifier, pixels), latent_features(latent_model, images),
+                     *kth_nearest(pixels, train_pixels))
 
 
 def copy_thresholds(real, labels):
@@ -194,15 +194,15 @@ def copy_thresholds(real, labels):
 
 
 def scores(made, labels, real, thresholds):
-    """Return the metrics of digits made for labels (N,). made: their Features; real: test images'.
+    """Return the metrics of digits made for labels (N,). made, real: Described; real: test images.
 
     A copy is a digit nearer to a training image than the threshold of the digit it is read as.
     """
     return dict(
-        fid_latent=frechet_distance(made.latent, real.latent),
-        fid_classifier=frechet_distance(made.classifier, real.classifier),
-        precision=coverage(made.classifier, real.classifier),
-        recall=coverage(real.classifier, made.classifier),
+        fid_latent=frechet_distance(made.latents, real.latents),
+        fid_classifier=frechet_distance(made.features, real.features),
+        precision=coverage(made.features, real.features),
+        recall=coverage(real.features, made.features),
         accuracy=(made.digits == labels).double().mean().item(),
         copies=(made.distances < thresholds[made.digits]).double().mean().item())
 
@@ -235,36 +235,38 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
     classifier = load_classifier(device)
     latent_model, last = load_checkpoint(paths[-1], device)
     config = latent_model.config
-    train_set, test_set = (load_mnist(part, config["image_size"], config["channels"], device)
-                           for part in (True, False))
-    judges = classifier, latent_model, mnist_pixels(train_set[0])
-    real = describe(test_set[0], *judges)
-    thresholds = copy_thresholds(real, test_set[1])
-    labels = spread_labels(test_set[1], n_samples)
-    common = dict(n_samples=n_samples, latent_epoch=last["epoch"])
+    (train_images, train_labels), (test_images, test_labels) = (
+        load_mnist(part, config["image_size"], config["channels"], device)
+        for part in (True, False))
+    judges = classifier, latent_model, mnist_pixels(train_images)
+    real = describe(test_images, *judges)
+    thresholds = copy_thresholds(real, test_labels)
+    labels = spread_labels(test_labels, n_samples)
+    form = dict(n_samples=n_samples, latent_epoch=last["epoch"])
 
-    floor = scores(describe(pick_images(*train_set, labels), *judges), labels, real, thresholds)
-    floor["copies"] = (real.distances < thresholds[test_set[1]]).double().mean().item()
-    yield [dict(epoch="real", seed=None, mse=math.nan, **floor, **common)]
+    floor = describe(pick_images(train_images, train_labels, labels), *judges)
+    values = scores(floor, labels, real, thresholds)
+    values["copies"] = (real.distances < thresholds[test_labels]).double().mean().item()
+    yield [dict(epoch="real", seed=None, mse=math.nan, **values, **form)]
     for path in paths:
         model, checkpoint = load_checkpoint(path, device)
         if model.config != config:
             raise InputError(f"{path} is of {model.config}, not of {config} as {paths[-1]}: "
                              "evaluate it apart, by --checkpoint_path")
-        mse, rows = noise_mse(model, *test_set, batch_size), []
+        mse = noise_mse(model, test_images, test_labels, batch_size)
+        rows = []
         for seed in seeds:
             images = sample(model, labels, seed=seed)[-1].to(device)
             made = describe(images, *judges)
             rows.append(dict(epoch=checkpoint["epoch"], seed=seed, mse=mse,
-                             **scores(made, labels, real, thresholds), **common))
-        pairs = closest_pairs(images, made, train_set[0], thresholds)
+                             **scores(made, labels, real, thresholds), **form))
+        pairs = closest_pairs(images, made, train_images, thresholds)  # of the last seed's
         with replacing(datas / f"metrics_closest_{checkpoint['epoch']}.png") as file:
             draw_grid(pairs.cpu(), 10).save(file, format="png")
         yield rows
 
 
 # ---- output ----
-METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
 HEAD = " epoch      mse  fid_latent  fid_classifier  precision  recall  accuracy  copies"
 LINE = ("{:>6} {mse:8.5f} {fid_latent:11.4f} {fid_classifier:15.4f} {precision:10.3f} "
         "{recall:7.3f} {accuracy:9.2%} {copies:7.2%}")
@@ -291,19 +293,16 @@ def plot_metrics(file, evaluations):
     (floor,), *evaluations = evaluations
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [mean["mse"] for mean in means], "o-", color="#009E73")
-    left.set(title="MSE of the predicted noise, test set", xlabel="epoch")
-    for name, color in (("fid_classifier", "#D55E00"), ("fid_latent", "#0072B2")):
-        right.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
-                       fmt="o-", capsize=3, color=color, label=name)
-        right.axhline(floor[name], ls="--", color=color, label=f"{name} of training images")
-    right.set(title=f"FID of {floor['n_samples']:,} digits", xlabel="epoch", yscale="log")
-    figure.legend(loc="outside lower right", ncols=4, fontsize="small")
-    for axes in (left, right):
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 3), METRICS, strict=False):
+        axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
+                      fmt="o-", capsize=3, label=f"{floor['n_samples']:,} digits")
+        axes.set(title=name, xlabel="epoch", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if name != "mse":
+            axes.axhline(floor[name], ls="--", color="grey", label="training images")
+            axes.legend()
     figure.savefig(file, format="png", dpi=120)
 
 
@@ -319,23 +318,17 @@ def make_classifier(device, seed):
 
 
 def evaluation_parser():
-    parser = make_parser(__doc__)
-    add_checkpoint_flags(parser)
-    add = parser.add_argument
-    add("--every", type=bounded(int, 1), default=1,
-        help="take every n-th checkpoint, back from the last (default: %(default)s)")
-    add("--batch_size", type=bounded(int, 1), default=256,
-        help="test images in a batch of the MSE's (default: %(default)s)")
-    add("--image_size", type=int, help="refuse checkpoints of another size")
-    add("--time_steps", type=int, help="refuse checkpoints of another T")
-    add("--n_samples", type=bounded(int, 2000, 50_000), default=10_000,
-        help="digits to generate (default: %(default)s)")
-    add("--seed", type=bounded(int, 0), default=0,
-        help="of all random numbers (default: %(default)s)")
-    add("--seeds", type=bounded(int, 1, 100), default=1,
-        help="times to generate them, from --seed on (default: %(default)s)")
-    add("--train_classifier", action="store_true",
-        help="make checkpoints/classifier.pth anew, and end")
+    parser, add = make_parser(__doc__)
+    add_checkpoint_flags(parser, add)
+    add("every", "take every n-th checkpoint, back from the last", 1, type=bounded(int, 1))
+    add("batch_size", "test images in a batch of the MSE's", 256, type=bounded(int, 1))
+    add("image_size", "refuse checkpoints of another size", type=int)
+    add("time_steps", "refuse checkpoints of another T", type=int)
+    add("n_samples", "digits to generate", 10_000, type=bounded(int, 2000, 50_000))
+    add("seed", "of all random numbers", 0, type=bounded(int, 0))
+    add("seeds", "times to generate them, from --seed on", 1, type=bounded(int, 1, 100))
+    parser.add_argument("--train_classifier", action="store_true",
+                        help="make checkpoints/classifier.pth anew, and end")
     return parser
 
 
@@ -347,13 +340,14 @@ def main(argv=None):
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
     refuse_contradictions(args, load_checkpoint(paths[-1])[0].config, paths[-1])
-    seeds, evaluations = range(args.seed, args.seed + args.seeds), []
     print(f"{args.n_samples:,} digits; seeds: {args.seeds}; latent space: {paths[-1]}\n{HEAD}")
-    with replacing(datas / "metrics.png") as file:
+    seeds = range(args.seed, args.seed + args.seeds)
+    evaluations = []
+    with replacing(datas / "metrics.png") as file:  # open before the work, written after it
         for rows in evaluate(paths, device, args.n_samples, seeds, datas, args.batch_size):
             evaluations.append(rows)
             print_rows(rows)
-            write_csv(datas / "metrics.csv", [row for rows in evaluations for row in rows])
+            write_csv(datas / "metrics.csv", [row for part in evaluations for row in part])
         plot_metrics(file, evaluations)
     print(f"{datas}: metrics.csv, metrics.png, metrics_closest_{rows[0]['epoch']}.png")
 

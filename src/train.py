@@ -5,12 +5,10 @@
 
 The way of an image: archive, uint8 tensor, x_0, x_t, eps, loss, step. After it: runs and files.
 """
-import contextlib
 import copy
 import dataclasses
 import gzip
 import math
-import os
 import signal
 import sys
 import time
@@ -29,15 +27,12 @@ from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generato
                     save_tensors, seed_for, write_csv)
 
 NULL_LABEL = 10  # "any digit"
-MIN_TIME_STEPS = 21  # at T = 20 the last beta would be 1
-LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
-SAVE_INTERVAL = 45  # seconds; what is killed loses less than a minute
 
 
 # ---- settings ----
 @dataclasses.dataclass
 class Settings:
-    """All that makes a run what it is: first what flags say, then what the recipe chose."""
+    """What makes a run what it is: first what flags say, then what the recipe chose."""
     n_epochs: int = 1000
     save_every: int = 10  # epochs between checkpoints
     batch_size: int = 256
@@ -48,6 +43,9 @@ class Settings:
 
     muon_rate: float = 0.02  # learning rates at their peak
     adamw_rate: float = 0.007
+    muon_momentum: float = 0.95
+    adamw_betas: tuple = (0.9, 0.99)
+    max_norm: float = 1.0  # of all gradients together
     warmup_steps: int = 100
     ema_decay: float = 0.9999  # at most; a short run averages over its last tenth
     label_dropout: float = 0.05  # hidden, for guidance; at the customary 0.1 more digits go wrong
@@ -82,10 +80,10 @@ def linear_beta_schedule(time_steps):
     """Return betas (T,) in float64: linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
 
     Other T scale both ends by 1000 / T, so that for every T alphas_cumprod ends near 0 and x_t as
-    pure noise. Raises InputError for a T below MIN_TIME_STEPS.
+    pure noise. Raises InputError for a T below 21: the last beta would be 1 or more.
     """
-    if time_steps < MIN_TIME_STEPS:
-        raise InputError(f"time_steps must be at least {MIN_TIME_STEPS}, not {time_steps}")
+    if time_steps < 21:
+        raise InputError(f"time_steps must be at least 21, not {time_steps}")
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64)
 
@@ -219,9 +217,10 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, loss_power):
 
 # ---- optimizer ----
 def orthogonalize(matrices):
-    """Return matrices (N, rows, columns) with singular values near 1, from 0.5 to 1.2 or so.
+    """Return matrices (N, rows, columns) with their large singular values brought near 1.
 
-    Newton-Schulz iteration with a quintic polynomial (Jordan et al. 2024), in three steps.
+    Newton-Schulz iteration with a quintic polynomial (Jordan et al. 2024). Three steps of it let
+    small singular values grow about 40-fold.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -238,7 +237,7 @@ class Muon:
     Kernels (out, in, k, k) are matrices (out, in * k * k), of one shape in one stack, in float32.
     """
 
-    def __init__(self, kernels, momentum=0.95):
+    def __init__(self, kernels, momentum):
         stacks = {}
         for kernel in kernels:
             stacks.setdefault(kernel.shape, []).append(kernel)
@@ -261,7 +260,7 @@ class Muon:
 
 # ---- step ----
 class State:
-    """All that training changes."""
+    """A run: its settings, and all that training changes."""
 
     def __init__(self, settings, device):
         torch.manual_seed(settings.seed)
@@ -269,59 +268,23 @@ class State:
         self.model = SimpleUnet(settings.channels, settings.image_size, settings.time_steps)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
-        self.network, self.share, self.is_first = self.model, slice(None), True
-        if dist.is_initialized():  # a process takes its share of each batch; the first one writes
-            if settings.batch_size % dist.get_world_size():
-                raise InputError(f"--batch_size {settings.batch_size} cannot be shared evenly")
+        self.network = self.model  # what the loss is taken of
+        self.rank, self.processes = 0, 1
+        if dist.is_initialized():
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
             self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-            self.share = slice(dist.get_rank(), None, dist.get_world_size())
-            self.is_first = dist.get_rank() == 0
         named = dict(self.model.named_parameters())
         kernels = [name for name, p in named.items()
                    if p.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
-        self.muon = Muon([named.pop(name) for name in kernels])
+        self.muon = Muon([named.pop(name) for name in kernels], settings.muon_momentum)
         self.adamw = torch.optim.AdamW(named.values(), lr=torch.zeros((), device=device),
-                                       betas=(0.9, 0.99), weight_decay=0, fused=True)
+                                       betas=settings.adamw_betas, weight_decay=0, fused=True)
         self.decay = torch.zeros((), device=device)  # of the average
         self.rng = torch.Generator(device)
         self.step = 0  # steps taken
         self.total_loss = torch.zeros((), device=device)  # of the epoch so far
         self.seconds = 0.0  # that the epoch has taken so far
         self.log = []  # a row for each epoch
-
-
-def training_step(state, images, labels, total_steps):
-    """Take the next of total_steps steps, on a batch: images (B, C, H, W) uint8, labels (B,).
-
-    Sets the generator, the rates and the average's decay; the rest is the same at every step.
-    """
-    settings, n = state.settings, state.step
-    state.rng.manual_seed(seed_for("step", settings.seed, n))
-    factor = min((n + 1) / settings.warmup_steps, 1 - n / total_steps)
-    state.muon.rate.fill_(factor * settings.muon_rate)
-    state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
-    state.decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
-    move_weights(state, images, labels)
-    state.step += 1
-
-
-def move_weights(state, images, labels):
-    """Move the weights and their average. No number but in tensors changes, and none is read."""
-    settings, rng, model = state.settings, state.rng, state.model
-    x_0 = images / 127.5 - 1
-    noise = torch.randn(x_0.shape, generator=rng, device=rng.device)
-    t = draw_t(len(x_0), settings, rng)
-    hidden = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
-    labels = labels.masked_fill(hidden, NULL_LABEL)
-    batch = [values[state.share] for values in (x_0, t, noise, labels)]
-    loss = training_loss(state.network, *batch, model.alphas_cumprod, settings.loss_power)
-    model.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    state.muon.step()
-    state.adamw.step()
-    update_average(list(state.average.parameters()), list(model.parameters()), state.decay)
-    state.total_loss += loss.detach()
 
 
 @torch.no_grad()
@@ -331,75 +294,56 @@ def update_average(averages, weights, decay):
     torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - decay))
 
 
-# ---- runs ----
-def train(state, images, labels, root):
-    """Train to the last epoch, and write checkpoints, the state and the log under root.
+def update(state, images, labels):
+    """Move the weights and their average.
 
-    Return None, or the number of the signal that ended the run before; its state is saved then.
+    What varies from step to step is in tensors and the generator, and nothing is read back, so
+    that a GPU need not be waited for.
     """
-    settings, saved = state.settings, -SAVE_INTERVAL
-    total_steps = settings.n_epochs * (len(images) // settings.batch_size)
-    with noted_signals() as signals, tqdm(
-            total=total_steps * settings.batch_size, initial=state.step * settings.batch_size,
-            unit=" images", unit_scale=True, disable=not state.is_first) as bar:
-        while len(state.log) < settings.n_epochs:
-            bar.set_description(f"epoch {len(state.log) + 1}/{settings.n_epochs}")
-            start = time.perf_counter() - state.seconds
-            for batch in batches_left(state, len(images)):
-                now = time.perf_counter()
-                state.seconds = now - start
-                if state.is_first and (signals or now - saved > SAVE_INTERVAL):
-                    save_state(state, root)
-                    saved = now
-                if signals:
-                    return signals[0]
-                training_step(state, images[batch], labels[batch], total_steps)
-                bar.update(settings.batch_size)
-            end_epoch(state, len(images), time.perf_counter() - start, root)
-            bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
-        if state.is_first:
-            save_state(state, root)
+    settings, rng, model = state.settings, state.rng, state.model
+    x_0 = images / 127.5 - 1
+    noise = torch.randn(x_0.shape, generator=rng, device=rng.device)
+    t = draw_t(len(x_0), settings, rng)
+    hidden = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
+    labels = labels.masked_fill(hidden, NULL_LABEL)
+    share = slice(state.rank, None, state.processes)  # each process draws all, and takes its share
+    loss = training_loss(state.network, x_0[share], t[share], noise[share], labels[share],
+                         model.alphas_cumprod, settings.loss_power)
+    model.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
+    state.muon.step()
+    state.adamw.step()
+    update_average(list(state.average.parameters()), list(model.parameters()), state.decay)
+    state.total_loss += loss.detach()
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Yield a list that takes up SIGINT and SIGTERM. Where there are several processes it stays
-    empty: they would have to agree at every step."""
-    noted = []
-    numbers = [] if dist.is_initialized() else [signal.SIGINT, signal.SIGTERM]
-    handlers = {n: signal.signal(n, lambda n, _: noted.append(n)) for n in numbers}
-    try:
-        yield noted
-    finally:
-        for n, handler in handlers.items():
-            signal.signal(n, handler)
+def training_step(state, images, labels, total_steps):
+    """Take the next of total_steps steps, on a batch: images (B, C, H, W) uint8, labels (B,)."""
+    settings, n = state.settings, state.step
+    state.rng.manual_seed(seed_for("step", settings.seed, n))
+    factor = min((n + 1) / settings.warmup_steps, 1 - n / total_steps)
+    state.muon.rate.fill_(factor * settings.muon_rate)
+    state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
+    state.decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
+    update(state, images, labels)
+    state.step += 1
 
 
-def batches_left(state, n_images):
-    """Return the indices of each batch that the epoch still has; (seed, epoch) gives the order."""
-    settings, epoch, device = state.settings, len(state.log), state.rng.device
-    rng = generator(device, "order", settings.seed, epoch)
-    batches = torch.randperm(n_images, generator=rng, device=device).split(settings.batch_size)
-    steps = n_images // settings.batch_size  # what is left over is left out
-    return batches[state.step - epoch * steps:steps]
+# ---- runs ----
+LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
+SAVE_INTERVAL = 45  # seconds; what is killed loses less than a minute
 
 
-def end_epoch(state, n_images, seconds, root):
-    """Log the epoch, and write its checkpoint if it is the last or one of every save_every."""
-    settings, epoch = state.settings, len(state.log) + 1
-    if dist.is_initialized():  # the sum of all processes' shares
-        dist.all_reduce(state.total_loss)
-        state.total_loss /= dist.get_world_size()
-    loss = state.total_loss.item() / (n_images // settings.batch_size)
-    if not math.isfinite(loss):
-        raise InputError(f"epoch {epoch}: the loss is no longer finite; try another --seed")
-    state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
-    state.total_loss.zero_()
-    state.seconds = 0.0
-    if state.is_first and (epoch % settings.save_every == 0 or epoch == settings.n_epochs):
-        save_tensors(root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
-            epoch=epoch, model_state_dict=state.average.state_dict(), loss=loss,
-            config=state.model.config))
+def plot_losses(path, log):
+    """Draw the loss of every epoch. log: State's."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["epoch"] for row in log], [row["loss"] for row in log], marker=".")
+    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def save_state(state, root):
@@ -416,7 +360,7 @@ def save_state(state, root):
 
 def load_state(root, device):
     """Return the State that save_state wrote. Raises InputError where there is none, or damaged."""
-    with reading(root / LATEST, "start anew, without --resume and under another --root"):
+    with reading(root / LATEST, "start without --resume, or name another --root"):
         saved = load_tensors(root / LATEST, device)
         state = State(Settings(**saved["settings"]), device)
         state.model.load_state_dict(saved["model"])
@@ -429,34 +373,77 @@ def load_state(root, device):
     return state
 
 
-def plot_losses(path, log):
-    """Draw the loss of every epoch but the first, an untrained network's. log: State's."""
-    log = log[1:] or log
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["epoch"] for row in log], [row["loss"] for row in log],
-              marker="." if len(log) < 50 else "")
-    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)")
-    axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+def batches_left(state, n_images):
+    """Return the indices of each batch that the epoch still has; (seed, epoch) gives the order."""
+    settings, epoch, device = state.settings, len(state.log), state.rng.device
+    rng = generator(device, "order", settings.seed, epoch)
+    batches = torch.randperm(n_images, generator=rng, device=device).split(settings.batch_size)
+    steps = n_images // settings.batch_size  # what is left over is left out
+    return batches[state.step - epoch * steps:steps]
+
+
+def end_epoch(state, n_images, start, root):
+    """Log the epoch, and write its checkpoint if it is the last or one of every save_every."""
+    settings, epoch = state.settings, len(state.log) + 1
+    if dist.is_initialized():  # after a resume within the epoch this is the first process's loss
+        dist.all_reduce(state.total_loss)
+        state.total_loss /= state.processes
+    loss = state.total_loss.item() / (n_images // settings.batch_size)
+    if not math.isfinite(loss):
+        raise InputError(f"epoch {epoch}: the loss is no longer finite; try another --seed")
+    seconds = time.perf_counter() - start
+    state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
+    state.total_loss.zero_()
+    state.seconds = 0.0
+    if state.rank == 0 and (epoch % settings.save_every == 0 or epoch == settings.n_epochs):
+        save_tensors(root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
+            epoch=epoch, model_state_dict=state.average.state_dict(), loss=loss,
+            config=state.model.config))
+
+
+def train(state, images, labels, root, signals):
+    """Train to the last epoch, and write checkpoints, the state and the log under root.
+
+    As soon as there is something in the list signals, it saves the state and returns.
+    """
+    settings, first = state.settings, state.rank == 0
+    total_steps = settings.n_epochs * (len(images) // settings.batch_size)
+    saved = -math.inf  # so that the first save comes before the first step
+    with tqdm(total=total_steps * settings.batch_size, initial=state.step * settings.batch_size,
+              unit=" images", unit_scale=True, disable=not first) as bar:
+        while len(state.log) < settings.n_epochs:
+            bar.set_description(f"epoch {len(state.log) + 1}/{settings.n_epochs}")
+            start = time.perf_counter() - state.seconds
+            for batch in batches_left(state, len(images)):
+                now = time.perf_counter()
+                state.seconds = now - start
+                if first and (signals or now - saved > SAVE_INTERVAL):
+                    save_state(state, root)
+                    saved = now
+                if signals:
+                    return
+                training_step(state, images[batch], labels[batch], total_steps)
+                bar.update(settings.batch_size)
+            end_epoch(state, len(images), start, root)
+            bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
+        if first:
+            save_state(state, root)
 
 
 # ---- command line ----
 def training_parser():
-    parser = make_parser(__doc__)
+    parser, add = make_parser(__doc__)
 
-    def add(name, text, **kind):
-        default = getattr(Settings, name)
-        parser.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
+    def add_setting(name, text, **kind):
+        add(name, f"{text} (default: {getattr(Settings, name)})", **kind)
 
-    add("n_epochs", "passes over the training images", type=bounded(int, 1))
-    add("save_every", "epochs between checkpoints", type=bounded(int, 1))
-    add("batch_size", "images in a step", type=bounded(int, 1, 60_000))
-    add("image_size", "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
-    add("channels", "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
-    add("time_steps", "T, the steps of the diffusion", type=bounded(int, MIN_TIME_STEPS, 10_000))
-    add("seed", "of all random numbers", type=bounded(int, 0))
+    add_setting("n_epochs", "passes over the training images", type=bounded(int, 1))
+    add_setting("save_every", "epochs between checkpoints", type=bounded(int, 1))
+    add_setting("batch_size", "images in a step", type=bounded(int, 1, 60_000))
+    add_setting("image_size", "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
+    add_setting("channels", "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
+    add_setting("time_steps", "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
+    add_setting("seed", "of all random numbers", type=bounded(int, 0))
     parser.add_argument("--resume", action="store_true", help="go on with the run under --root; "
                         "n_epochs and save_every may be changed")
     return parser
@@ -464,11 +451,11 @@ def training_parser():
 
 def start_state(args, device):
     """Return the State of a new run or, with --resume, of the one under args.root."""
-    names = [field.name for field in dataclasses.fields(Settings)]
+    latest = args.root / LATEST
     given = {name: value for name, value in vars(args).items()
-             if name in names and value is not None}
+             if hasattr(Settings, name) and value is not None}
     if not args.resume:
-        for path in [args.root / LATEST, *epoch_checkpoints(args.root).values()]:
+        for path in [latest, *epoch_checkpoints(args.root).values()]:
             if path.exists():
                 raise InputError(f"{path} is of an earlier run: go on with it by --resume, remove "
                                  "it, or choose another --root")
@@ -476,23 +463,37 @@ def start_state(args, device):
     state = load_state(args.root, device)
     kept = dataclasses.asdict(state.settings)
     del kept["n_epochs"], kept["save_every"]
-    refuse_contradictions(args, kept, args.root / LATEST)
+    refuse_contradictions(args, kept, latest)
     state.settings = dataclasses.replace(state.settings, **given)
     if len(state.log) >= state.settings.n_epochs:
-        raise InputError(f"{args.root / LATEST} has had its {len(state.log)} epochs: "
-                         "ask for more by --n_epochs")
+        raise InputError(f"{latest} has had its {len(state.log)} epochs: ask for more by "
+                         "--n_epochs")
     return state
 
 
 def start_processes(device):
     """Join the processes that torchrun has started, if it has. Return this process's device."""
-    device = torch.device(device)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group()
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-    return device
+    if not dist.is_torchelastic_launched():
+        return torch.device(device)
+    if device != "cpu":
+        device = f"cuda:{dist.get_node_local_rank()}"
+        torch.cuda.set_device(device)
+    dist.init_process_group()
+    return torch.device(device)
+
+
+def catch_signals():
+    """Return a list to which the first SIGINT or SIGTERM is added; a second one acts as usual."""
+    signals = []
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if not dist.is_initialized():  # several processes would have to agree at every step
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return signals
 
 
 def main(argv=None):
@@ -500,15 +501,19 @@ def main(argv=None):
     device = start_processes(args.device)
     state = start_state(args, device)
     settings = state.settings
+    if settings.batch_size % state.processes:
+        raise InputError(f"--batch_size {settings.batch_size} cannot be shared evenly among "
+                         f"{state.processes} processes")
     images, labels = load_mnist(True, settings.image_size, settings.channels, device)
-    if state.is_first:
+    if state.rank == 0:
         print(f"training {sum(p.numel() for p in state.model.parameters()):,} weights on {device}, "
               f"in {'bfloat16' if has_bf16(device) else 'float32'}", flush=True)
-    stopped_by = train(state, images, labels, args.root)
-    if stopped_by:
+    signals = catch_signals()
+    train(state, images, labels, args.root, signals)
+    if signals:
         print(f"stopped in epoch {len(state.log) + 1}; go on by "
               f"python src/train.py --root {args.root} --resume", file=sys.stderr)
-        sys.exit(128 + stopped_by)
+        sys.exit(128 + signals[0])
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -79,6 +79,7 @@ def peak_memory(device):
 
 def our_training(state, images, labels):
     """Take TRAINING_STEPS steps as train.py does."""
+    state.step = 0
     for batch in train.batches_left(state, len(images))[:TRAINING_STEPS]:
         train.training_step(state, images[batch], labels[batch], 10**6)
 
@@ -278,20 +279,19 @@ TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sa
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("what", choices=TABLES)
-    add("--checkpoint_path", type=Path, default=REPOSITORY / "checkpoints/pretrained.pth")
-    add("--batch_size", type=bounded(int, 1, 2000), default=128)
-    add("--n_epochs", type=bounded(int, 1), default=2, help="of each of the recipe's rows")
-    add("--steps", type=bounded(int, 1), nargs="+", default=[5, 10, 20, 50, 1000],
-        help="the samplers' columns")
-    add("--n_samples", type=bounded(int, 2000, 50_000), default=10_000)
-    add("--seeds", type=bounded(int, 1, 100), default=3)
+    parser, add = make_parser(__doc__)
+    parser.add_argument("what", choices=TABLES)
+    add("checkpoint_path", "to sample", REPOSITORY / "checkpoints/pretrained.pth", type=Path)
+    add("batch_size", "images in a training step", 128, type=bounded(int, 1, 2000))
+    add("n_epochs", "of each of the recipe's rows", 2, type=bounded(int, 1))
+    add("steps", "the samplers' columns", [5, 10, 20, 50, 1000], type=bounded(int, 1), nargs="+")
+    add("n_samples", "digits to judge", 10_000, type=bounded(int, 2000, 50_000))
+    add("seeds", "repetitions", 3, type=bounded(int, 1, 100))
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     name = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
     TABLES[args.what](args, device)

@@ -2,6 +2,7 @@
 import csv
 import gzip
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ def small_model():
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Undo what train.main does to them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

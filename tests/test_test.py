@@ -81,7 +81,7 @@ def test_features_do_not_depend_on_the_batch_size(classifier, small_model, mnist
     images = mnist[False][0][:100]
     pixels = test.mnist_pixels(images)
     whole = test.classify(classifier, pixels)[0], test.latent_features(small_model, images)
-    monkeypatch.setattr(test, "BATCH_SIZE", 7)
+    monkeypatch.setattr(test, "CHUNK", 7)
     parts = test.classify(classifier, pixels)[0], test.latent_features(small_model, images)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
