@@ -1,7 +1,7 @@
 """Train a class-conditional diffusion model (DDPM, Ho et al. 2020) on MNIST.
 
     python src/train.py                                               1000 epochs, meant for a GPU
-    python src/train.py --n_epochs 2 --batch_size 128 --save_every 1  a few minutes on a laptop
+    python src/train.py --n_epochs 2 --batch_size 64 --save_every 1   a few minutes on a laptop
 
 The way of an image: archive, uint8 tensor, x_0, x_t, eps, loss, step. After it: runs and files.
 """

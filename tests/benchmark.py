@@ -3,6 +3,7 @@
     python tests/benchmark.py training   images a second, beside a textbook loop: two minutes
     python tests/benchmark.py sampling   digits a second, beside the network alone: a minute
     python tests/benchmark.py samplers   distance and time of every sampler: hours on a CPU
+    python tests/benchmark.py guidance   digits at several strengths of guidance: ten minutes
     python tests/benchmark.py recipe     digits without one choice of the recipe at a time: hours
 """
 import dataclasses
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import train
 from common import REPOSITORY, bounded, has_bf16, make_parser
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
-from test import classify, frechet_distance, load_classifier, mnist_pixels, spread_labels
+from test import classify, coverage, frechet_distance, load_classifier, mnist_pixels, spread_labels
 
 TRAINING_STEPS = 30  # timed together
 
@@ -173,7 +174,10 @@ def sampling_speed(args, device):
 # ---- quality ----
 @torch.inference_mode()
 def make_judge(device, n_samples):
-    """Return (labels (N,), function that tells accuracy and classifier FID of their digits)."""
+    """Return (labels (N,), function that tells what digits generated for them are worth).
+
+    It returns accuracy, classifier FID, precision and recall.
+    """
     classifier = load_classifier(device)
     images, true_labels = train.load_mnist(False, device=device)
     real, _ = classify(classifier, mnist_pixels(images))
@@ -182,7 +186,8 @@ def make_judge(device, n_samples):
     @torch.inference_mode()
     def judge(digits):
         features, read = classify(classifier, mnist_pixels(digits.to(device)))
-        return (read == labels).double().mean().item(), frechet_distance(features, real)
+        return ((read == labels).double().mean().item(), frechet_distance(features, real),
+                coverage(features, real), coverage(real, features))
     return labels, judge
 
 
@@ -212,6 +217,18 @@ def sampler_table(args, device):
     print(f"|---{'|---' * len(args.steps)}|")
     for name in SAMPLERS:
         print(f"| {name} | {' | '.join(cell(name, steps) for steps in args.steps)} |", flush=True)
+
+
+def guidance_table(args, device):
+    """Print what digits are worth at several strengths of guidance."""
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    labels, judge = make_judge(device, args.n_samples)
+    print(f"{args.n_samples:,} digits\n\n| guidance | accuracy | FID | precision | recall |"
+          "\n|---|---|---|---|---|")
+    for guidance in (0, 1, 1.25, 1.5, 2, 4):
+        accuracy, distance, precision, recall = judge(sample(model, labels, guidance=guidance)[-1])
+        print(f"| {guidance} | {accuracy:.2%} | {distance:.4f} | {precision:.3f} | {recall:.3f} |",
+              flush=True)
 
 
 def adamw_alone(state):
@@ -268,14 +285,14 @@ def recipe_table(args, device):
             settings = train.Settings(n_epochs=args.n_epochs, batch_size=args.batch_size, seed=seed)
             average = train_variant(name, settings, images, labels)
             judged.append(judge(sample(average, wanted, seed=seed)[-1]))
-        accuracies, distances = zip(*judged, strict=True)
+        accuracies, distances, *_ = zip(*judged, strict=True)
         print(f"| {name} | {with_deviation(accuracies, '.2%')} | "
               f"{with_deviation(distances, '.4f')} |", flush=True)
 
 
 # ---- command line ----
 TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table,
-          "recipe": recipe_table}
+          "guidance": guidance_table, "recipe": recipe_table}
 
 
 def main(argv=None):
