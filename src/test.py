@@ -23,7 +23,7 @@ from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_che
 from train import NULL_LABEL, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
-CHUNK = 500  # images whose features are computed together
+CHUNK = 1000  # images whose features are computed together
 METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
 
 
