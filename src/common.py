@@ -103,9 +103,10 @@ def write_csv(path, rows):
 
 def epoch_checkpoints(root):
     """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, by rising N."""
-    paths = root.glob("checkpoints/diffusion_epoch_*.pth")
-    numbered = {path.stem.split("_")[-1]: path for path in paths}
-    return {int(n): numbered[n] for n in sorted(filter(str.isdecimal, numbered), key=int)}
+    prefix = "diffusion_epoch_"
+    found = root.glob(f"checkpoints/{prefix}*.pth")
+    paths = {path.stem.removeprefix(prefix): path for path in found}
+    return {int(n): paths[n] for n in sorted(filter(str.isdecimal, paths), key=int)}
 
 
 # ---- flags ----
