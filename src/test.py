@@ -297,10 +297,11 @@ def plot_metrics(file, evaluations):
     for axes, name in zip(figure.subplots(1, 3), METRICS, strict=False):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
                       fmt="o-", capsize=3, label=f"{floor['n_samples']:,} digits")
-        axes.set(title=name, xlabel="epoch", yscale="log")
+        axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if name != "mse":
+            axes.set_yscale("log")
             axes.axhline(floor[name], ls="--", color="grey", label="training images")
             axes.legend()
     figure.savefig(file, format="png", dpi=120)

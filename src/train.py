@@ -272,7 +272,7 @@ class State:
         self.rank, self.processes = 0, 1
         if dist.is_initialized():
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.network = nn.parallel.DistributedDataParallel(self.model)
         named = dict(self.model.named_parameters())
         kernels = [name for name, p in named.items()
                    if p.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
@@ -342,6 +342,7 @@ def plot_losses(path, log):
     axes.plot([row["epoch"] for row in log], [row["loss"] for row in log], marker=".")
     axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)", yscale="log")
     axes.grid(alpha=0.3, which="both")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
