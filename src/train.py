@@ -511,7 +511,7 @@ def main(argv=None):
               f"in {'bfloat16' if has_bf16(device) else 'float32'}", flush=True)
     signals = catch_signals()
     train(state, images, labels, args.root, signals)
-    if signals:
+    if len(state.log) < settings.n_epochs:
         print(f"stopped in epoch {len(state.log) + 1}; go on by "
               f"python src/train.py --root {args.root} --resume", file=sys.stderr)
         sys.exit(128 + signals[0])

@@ -376,6 +376,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
+def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_mnist, monkeypatch):
+    monkeypatch.setattr(train, "training_step", stop_at(4, signal.SIGTERM))
+    run_small(tmp_path, "--n_epochs", 1)
+    assert saved_state(tmp_path)["step"] == 4 and list(epoch_checkpoints(tmp_path)) == [1]
+
+
 def test_a_finished_run_goes_on_when_asked_for_more(tmp_path, whole_run, small_mnist, capsys):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
     assert "--n_epochs" in error_of(train.main, ["--root", str(tmp_path), "--resume"], capsys)
