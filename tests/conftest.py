@@ -44,7 +44,7 @@ def mnist():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=10, help="in test_kills_at_any_moment")
+    parser.addoption("--kills", type=int, default=6, help="in test_kills_at_any_moment")
 
 
 def use_small_mnist(monkeypatch):

@@ -405,13 +405,13 @@ def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
 # ---- command line ----
 def test_test_as_a_user_runs_it(trained):
     folder, _ = trained
-    done = call(folder, "src/test.py", "--device", "cpu", "--n_samples", "2000")
+    done = call(folder, "src/test.py", "--device", "cpu", "--n_samples", "2000", "--every", "2")
     assert done.returncode == 0, done.stderr
-    real, *rows = read_csv(folder / "datas/metrics.csv")
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(math.isfinite(float(row[name])) for row in rows for name in test.METRICS)
-    assert float(rows[1]["mse"]) < float(rows[0]["mse"]) < 1.1
-    assert all(float(row["fid_classifier"]) > float(real["fid_classifier"]) > 0 for row in rows)
+    real, row = read_csv(folder / "datas/metrics.csv")
+    assert row["epoch"] == "2"
+    assert all(math.isfinite(float(row[name])) for name in test.METRICS)
+    assert float(row["mse"]) < 0.9  # a network that says 0 has 1
+    assert float(row["fid_classifier"]) > float(real["fid_classifier"]) > 0
 
 
 def test_other_forms_are_evaluated(tmp_path, small_mnist):
