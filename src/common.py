@@ -48,7 +48,7 @@ def seed_for(purpose, seed, *numbers):
 
 
 def generator(device, *key):
-    """Return a torch.Generator on the device whose draws depend on the key, seed_for's, alone."""
+    """Return a torch.Generator whose draws depend on seed_for's key and the kind of device."""
     return torch.Generator(device).manual_seed(seed_for(*key))
 
 

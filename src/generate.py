@@ -21,7 +21,7 @@ from common import (REPOSITORY, InputError, add_flag, bounded, epoch_checkpoints
                     has_bf16, load_tensors, make_parser, reading, refuse_contradictions, replacing)
 from train import NULL_LABEL, SimpleUnet, cumulative_alphas
 
-CHUNK = 100  # digits sampled together, always, so that digit i depends on the seed and i alone
+CHUNK = 100  # digits sampled together, always: digit i does not depend on how many are asked for
 
 
 # ---- samplers ----
@@ -71,7 +71,7 @@ def dpm(eps, x_t, levels, rng, eta, clip=True):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of second order; eta = 1: its SDE variant.
 
     The clean image is not taken as predicted at the step's start, but extrapolated from the last
-    two predictions to the step's middle, linearly in lambda = log(alpha_t / sigma_t).
+    two predictions to the step's middle, linearly in lambda = log(a / (1 - a)) / 2.
     """
     x_0_last = lambda_last = None
     for t, a, a_next in levels:
@@ -158,7 +158,7 @@ def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=Non
 
 def choose_labels(n_samples, labels=None, seed=0):
     """Return labels (N,) int64: those given, again and again, or digits that the seed draws."""
-    if labels is None:
+    if labels is None or len(labels) == 0:
         return torch.from_numpy(np.random.default_rng(seed).integers(10, size=n_samples))
     return torch.from_numpy(np.resize(labels, n_samples)).long()
 
@@ -171,7 +171,7 @@ def grid_path(folder, epoch):
 
 def count_columns(n_samples, labels):
     """Return the grid's columns: one for each label given, or as many as rows."""
-    return math.ceil(math.sqrt(n_samples)) if labels is None or len(labels) == 1 else len(labels)
+    return math.ceil(math.sqrt(n_samples)) if labels is None or len(labels) < 2 else len(labels)
 
 
 def draw_grid(images, columns):
@@ -202,7 +202,7 @@ def load_checkpoint(path, device="cpu"):
 
     Raises InputError where the file is missing, damaged or not of this program.
     """
-    with reading(path, "it must be a checkpoint that src/train.py wrote"):
+    with reading(path, "it must be a diffusion_epoch_{N}.pth of src/train.py"):
         checkpoint = load_tensors(path)
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])

@@ -92,9 +92,7 @@ def mnist_pixels(images):
 
     Channels are averaged; what is not of 28 x 28 pixels is resized with antialiasing.
     """
-    grey = [few.float().mean(dim=1, keepdim=True) for few in images.split(1000)]
-    if images.shape[-1] != 28:
-        grey = [resize(few, [28, 28]) for few in grey]
+    grey = [resize(few.float().mean(dim=1, keepdim=True), [28, 28]) for few in images.split(1000)]
     return torch.cat(grey).flatten(1) / 127.5 - 1
 
 
@@ -141,7 +139,7 @@ def kth_nearest(points, others, k=1):
     return distances, torch.cat([part.indices[:, -1] for part in found])
 
 
-def coverage(points, centres, k=3):
+def share_inside(points, centres, k=3):
     """Return the share of points (N, D) no farther from some centre (M, D) than its k-th neighbour.
 
     The precision of generated points around real centres, and the recall of real points around
@@ -201,8 +199,8 @@ def scores(made, labels, real, thresholds):
     return dict(
         fid_latent=frechet_distance(made.latents, real.latents),
         fid_classifier=frechet_distance(made.features, real.features),
-        precision=coverage(made.features, real.features),
-        recall=coverage(real.features, made.features),
+        precision=share_inside(made.features, real.features),
+        recall=share_inside(real.features, made.features),
         accuracy=(made.digits == labels).double().mean().item(),
         copies=(made.distances < thresholds[made.digits]).double().mean().item())
 
@@ -250,9 +248,6 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
     yield [dict(epoch="real", seed=None, mse=math.nan, **values, **form)]
     for path in paths:
         model, checkpoint = load_checkpoint(path, device)
-        if model.config != config:
-            raise InputError(f"{path} is of {model.config}, not of {config} as {paths[-1]}: "
-                             "evaluate it apart, by --checkpoint_path")
         mse = noise_mse(model, test_images, test_labels, batch_size)
         rows = []
         for seed in seeds:
@@ -340,7 +335,12 @@ def main(argv=None):
         return make_classifier(device, args.seed)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
-    refuse_contradictions(args, load_checkpoint(paths[-1])[0].config, paths[-1])
+    last_config = load_checkpoint(paths[-1])[0].config
+    refuse_contradictions(args, last_config, paths[-1])
+    for path in paths:
+        if load_checkpoint(path)[0].config != last_config:
+            raise InputError(f"{path} is of another form than {paths[-1]}: evaluate it apart, by "
+                             "--checkpoint_path")
     print(f"{args.n_samples:,} digits; seeds: {args.seeds}; latent space: {paths[-1]}\n{HEAD}")
     seeds = range(args.seed, args.seed + args.seeds)
     evaluations = []

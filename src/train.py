@@ -49,7 +49,7 @@ class Settings:
     warmup_steps: int = 100
     ema_decay: float = 0.9999  # at most; a short run averages over its last tenth
     label_dropout: float = 0.05  # hidden, for guidance; at the customary 0.1 more digits go wrong
-    t_mean: float = -0.8  # of logit(t / T), normal: most at middle t, where a digit takes its shape
+    t_mean: float = -0.8  # of logit(t / T), normal: half of t / T lie from 0.19 to 0.47
     t_std: float = 1.0
     loss_power: float = 0.5  # weight alphas_cumprod^-0.5: halfway from eps's error (0) to v's (1)
 
@@ -89,7 +89,7 @@ def linear_beta_schedule(time_steps):
 
 
 def cumulative_alphas(time_steps):
-    """Return alphas_cumprod (T,) in float64, the share of x_t's variance that is x_0's."""
+    """Return alphas_cumprod (T,) in float64, what is left of x_0's variance in x_t."""
     return (1 - linear_beta_schedule(time_steps)).cumprod(0)
 
 
@@ -121,7 +121,7 @@ class ResBlock(nn.Module):
         self.scale_shift = nn.Linear(c_emb, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # every block starts as its skip
+        nn.init.zeros_(self.conv2.weight)  # but for a bias, every block starts as its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(x))
@@ -347,8 +347,16 @@ def plot_losses(path, log):
         figure.savefig(file, format="png", dpi=120)
 
 
+def check_finite(state):
+    """Raise InputError if the loss is no longer finite: such a state is not worth saving."""
+    if not state.total_loss.isfinite():
+        raise InputError(f"epoch {len(state.log) + 1}: the loss is no longer finite; begin anew "
+                         "with another --seed and --root")
+
+
 def save_state(state, root):
     """Write all that load_state needs, the log and the loss curve."""
+    check_finite(state)
     save_tensors(root / LATEST, dict(
         settings=dataclasses.asdict(state.settings), model=state.model.state_dict(),
         average=state.average.state_dict(), muon=state.muon.buffers,
@@ -361,7 +369,7 @@ def save_state(state, root):
 
 def load_state(root, device):
     """Return the State that save_state wrote. Raises InputError where there is none, or damaged."""
-    with reading(root / LATEST, "start without --resume, or name another --root"):
+    with reading(root / LATEST, "remove it and start without --resume, or name another --root"):
         saved = load_tensors(root / LATEST, device)
         state = State(Settings(**saved["settings"]), device)
         state.model.load_state_dict(saved["model"])
@@ -376,9 +384,10 @@ def load_state(root, device):
 
 def batches_left(state, n_images):
     """Return the indices of each batch that the epoch still has; (seed, epoch) gives the order."""
-    settings, epoch, device = state.settings, len(state.log), state.rng.device
-    rng = generator(device, "order", settings.seed, epoch)
-    batches = torch.randperm(n_images, generator=rng, device=device).split(settings.batch_size)
+    settings, epoch = state.settings, len(state.log)
+    rng = generator("cpu", "order", settings.seed, epoch)  # the same order on every device
+    order = torch.randperm(n_images, generator=rng, device="cpu").to(state.rng.device)
+    batches = order.split(settings.batch_size)
     steps = n_images // settings.batch_size  # what is left over is left out
     return batches[state.step - epoch * steps:steps]
 
@@ -386,12 +395,11 @@ def batches_left(state, n_images):
 def end_epoch(state, n_images, start, root):
     """Log the epoch, and write its checkpoint if it is the last or one of every save_every."""
     settings, epoch = state.settings, len(state.log) + 1
-    if dist.is_initialized():  # after a resume within the epoch this is the first process's loss
+    check_finite(state)
+    if dist.is_initialized():  # what was summed before a resume is the first process's share alone
         dist.all_reduce(state.total_loss)
         state.total_loss /= state.processes
     loss = state.total_loss.item() / (n_images // settings.batch_size)
-    if not math.isfinite(loss):
-        raise InputError(f"epoch {epoch}: the loss is no longer finite; try another --seed")
     seconds = time.perf_counter() - start
     state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
     state.total_loss.zero_()
@@ -417,11 +425,12 @@ def train(state, images, labels, root, signals):
             start = time.perf_counter() - state.seconds
             for batch in batches_left(state, len(images)):
                 now = time.perf_counter()
+                stop = bool(signals)
                 state.seconds = now - start
-                if first and (signals or now - saved > SAVE_INTERVAL):
+                if first and (stop or now - saved > SAVE_INTERVAL):
                     save_state(state, root)
                     saved = now
-                if signals:
+                if stop:
                     return
                 training_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
@@ -456,10 +465,11 @@ def start_state(args, device):
     given = {name: value for name, value in vars(args).items()
              if hasattr(Settings, name) and value is not None}
     if not args.resume:
+        go_on = "go on with it by --resume, " if latest.exists() else ""
         for path in [latest, *epoch_checkpoints(args.root).values()]:
             if path.exists():
-                raise InputError(f"{path} is of an earlier run: go on with it by --resume, remove "
-                                 "it, or choose another --root")
+                raise InputError(f"{path} is of an earlier run: {go_on}remove it, or choose "
+                                 "another --root")
         return State(Settings(**given), device)
     state = load_state(args.root, device)
     kept = dataclasses.asdict(state.settings)
@@ -484,14 +494,17 @@ def start_processes(device):
 
 
 def catch_signals():
-    """Return a list to which the first SIGINT or SIGTERM is added; a second one acts as usual."""
+    """Return a list to which the first SIGINT or SIGTERM is added; a second one acts as usual.
+
+    With several processes it stays empty: they would have to agree at every step.
+    """
     signals = []
 
     def note(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    if not dist.is_initialized():  # several processes would have to agree at every step
+    if not dist.is_initialized():
         signal.signal(signal.SIGINT, note)
         signal.signal(signal.SIGTERM, note)
     return signals

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import train
 from common import REPOSITORY, bounded, has_bf16, make_parser
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
-from test import classify, coverage, frechet_distance, load_classifier, mnist_pixels, spread_labels
+from test import (classify, frechet_distance, load_classifier, mnist_pixels, share_inside,
+                  spread_labels)
 
 TRAINING_STEPS = 30  # timed together
 
@@ -187,7 +188,7 @@ def make_judge(device, n_samples):
     def judge(digits):
         features, read = classify(classifier, mnist_pixels(digits.to(device)))
         return ((read == labels).double().mean().item(), frechet_distance(features, real),
-                coverage(features, real), coverage(real, features))
+                share_inside(features, real), share_inside(real, features))
     return labels, judge
 
 

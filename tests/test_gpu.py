@@ -121,7 +121,7 @@ def test_metrics_run_on_the_gpu(model):
     assert test.spread_labels(labels, 2000).device == CUDA
     (made.distances < thresholds[made.digits]) & (made.digits == labels)
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-        test.coverage(made.features, made.features)  # up to its result, a Python number
+        test.share_inside(made.features, made.features)  # up to its result, a Python number
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         test.noise_mse(model, images, labels)
 

@@ -133,7 +133,7 @@ def test_distance_is_zero_only_for_equals_and_ignores_order():
 
 
 # ---- precision and recall ----
-def slow_coverage(points, centres, k):
+def slow_share_inside(points, centres, k):
     """Kynkaanniemi et al. 2019, eq. 1, word for word: the mean of f(phi, Phi) over points phi."""
     def f(phi):
         for i, centre in enumerate(centres):
@@ -149,15 +149,15 @@ def slow_coverage(points, centres, k):
 def test_coverage_agrees_with_the_papers_definition(k):
     rng = np.random.default_rng(k)
     centres, points = rng.normal(size=(60, 4)), rng.normal(0.5, 1.2, size=(90, 4))
-    result = test.coverage(torch.from_numpy(points), torch.from_numpy(centres), k)
+    result = test.share_inside(torch.from_numpy(points), torch.from_numpy(centres), k)
     assert 0.1 < result < 0.9
-    assert result == pytest.approx(slow_coverage(points, centres, k))
+    assert result == pytest.approx(slow_share_inside(points, centres, k))
 
 
 def test_coverage_does_not_depend_on_the_parts_it_is_computed_in():
     points, centres = random_numbers(1203, 4) + 1, random_numbers(700, 4, key=1)
-    parts = [test.coverage(part, centres) * len(part) for part in points.split(100)]
-    assert test.coverage(points, centres) == pytest.approx(sum(parts) / 1203)
+    parts = [test.share_inside(part, centres) * len(part) for part in points.split(100)]
+    assert test.share_inside(points, centres) == pytest.approx(sum(parts) / 1203)
 
 
 def test_nearest_is_the_nearest():
