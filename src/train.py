@@ -39,6 +39,7 @@ class Settings:
     image_size: int = 28
     channels: int = 1
     time_steps: int = 1000
+    width: int = 32  # channels at half the image's size; twice as many at a quarter
     seed: int = 0
 
     muon_rate: float = 0.02  # learning rates at their peak
@@ -265,7 +266,8 @@ class State:
     def __init__(self, settings, device):
         torch.manual_seed(settings.seed)
         self.settings = settings
-        self.model = SimpleUnet(settings.channels, settings.image_size, settings.time_steps)
+        self.model = SimpleUnet(settings.channels, settings.image_size, settings.time_steps,
+                                widths=(settings.width, 2 * settings.width))
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
         self.network = self.model  # what the loss is taken of
@@ -453,6 +455,8 @@ def training_parser():
     add_setting("image_size", "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
     add_setting("channels", "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
     add_setting("time_steps", "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
+    add_setting("width", "channels at half the size; twice as many at a quarter of it",
+                type=bounded(int, 1, 1024))
     add_setting("seed", "of all random numbers", type=bounded(int, 0))
     parser.add_argument("--resume", action="store_true", help="go on with the run under --root; "
                         "n_epochs and save_every may be changed")

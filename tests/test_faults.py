@@ -212,7 +212,7 @@ def test_no_state_to_resume(tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, kept", [
     ("--batch_size 32", 64), ("--seed 1", 0), ("--image_size 32", 28), ("--channels 3", 1),
-    ("--time_steps 200", 1000)])
+    ("--time_steps 200", 1000), ("--width 16", 32)])
 def test_a_flag_that_contradicts_the_state(flag, kept, stopped, capsys):
     before = contents(stopped)
     message = error_of(train.main, ["--root", str(stopped), "--resume", *flag.split()], capsys)

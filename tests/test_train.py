@@ -325,6 +325,13 @@ def test_every_promised_flag_trains_and_samples(tmp_path, small_mnist, flag, val
     assert images.shape == (3, model.config["channels"], *2 * [model.config["image_size"]])
 
 
+def test_the_width_of_the_network(tmp_path, small_mnist):
+    model, _ = run_small(tmp_path, "--n_epochs", 1, "--width", 8)
+    assert model.config["widths"] == (8, 16)
+    assert model.mid1.conv1.weight.shape == (16, 16, 3, 3)
+    run_small(tmp_path, "--n_epochs", 2, "--resume")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_trains_resumes_generates_and_evaluates(tmp_path, small_mnist):
     run_small(tmp_path, "--n_epochs", 1, "--device", "cuda")
