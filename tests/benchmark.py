@@ -1,10 +1,12 @@
 """Measure speed, and what samplers and the recipe's choices are worth.
 
-    python tests/benchmark.py training   images a second, beside a textbook loop: two minutes
-    python tests/benchmark.py sampling   digits a second, beside the network alone: a minute
-    python tests/benchmark.py samplers   distance and time of every sampler: hours on a CPU
-    python tests/benchmark.py guidance   digits at several strengths of guidance: ten minutes
-    python tests/benchmark.py recipe     digits without one choice of the recipe at a time: hours
+    python tests/benchmark.py training    images a second, beside a textbook loop: two minutes
+    python tests/benchmark.py sampling    digits a second, beside the network alone: a minute
+    python tests/benchmark.py samplers    distance and time of every sampler: hours on a CPU
+    python tests/benchmark.py guidance    digits at several strengths of guidance: ten minutes
+    python tests/benchmark.py floors      distances among real digits: seconds
+    python tests/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
+    python tests/benchmark.py recipe      digits without one choice of the recipe at a time: hours
 """
 import dataclasses
 import functools
@@ -30,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import train
 from common import REPOSITORY, bounded, has_bf16, make_parser
 from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
-from test import (classify, frechet_distance, load_classifier, mnist_pixels, share_inside,
-                  spread_labels)
+from test import (classify, frechet_distance, latent_features, load_classifier, mnist_pixels,
+                  share_inside, spread_labels, train_classifier)
 
 TRAINING_STEPS = 30  # timed together
 
@@ -220,16 +222,65 @@ def sampler_table(args, device):
         print(f"| {name} | {' | '.join(cell(name, steps) for steps in args.steps)} |", flush=True)
 
 
+GUIDANCE = [  # strength, and where it acts
+    (0, 0, 1), (1, 0, 1), (1.25, 0, 1), (1.5, 0, 1), (2, 0, 1), (4, 0, 1),
+    (1.5, 0.4, 0.8), (1.5, 0.3, 0.6), (1.5, 0.2, 0.5), (1.5, 0.1, 0.4), (2, 0.1, 0.4),
+    (2, 0.1, 0.3)]
+
+
 def guidance_table(args, device):
-    """Print what digits are worth at several strengths of guidance."""
+    """Print what digits are worth at several strengths of guidance, everywhere and in places."""
     model, _ = load_checkpoint(args.checkpoint_path, device)
     labels, judge = make_judge(device, args.n_samples)
-    print(f"{args.n_samples:,} digits\n\n| guidance | accuracy | FID | precision | recall |"
-          "\n|---|---|---|---|---|")
-    for guidance in (0, 1, 1.25, 1.5, 2, 4):
-        accuracy, distance, precision, recall = judge(sample(model, labels, guidance=guidance)[-1])
-        print(f"| {guidance} | {accuracy:.2%} | {distance:.4f} | {precision:.3f} | {recall:.3f} |",
-              flush=True)
+    print(f"{args.n_samples:,} digits\n\n| guidance | t / T | accuracy | FID | precision | recall |"
+          "\n|---|---|---|---|---|---|")
+    for guidance, low, high in GUIDANCE:
+        digits = sample(model, labels, guidance=guidance, guidance_interval=(low, high))[-1]
+        accuracy, distance, precision, recall = judge(digits)
+        print(f"| {guidance} | {low} to {high} | {accuracy:.2%} | {distance:.4f} | {precision:.3f} "
+              f"| {recall:.3f} |", flush=True)
+
+
+@torch.inference_mode()
+def floor_table(args, device):
+    """Print the Frechet distances of real digits: what generated ones can hope for at N = 5,000."""
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    classifier = load_classifier(device)
+    (train_images, _), (test_images, _) = (train.load_mnist(part, device=device)
+                                           for part in (True, False))
+    judged = test_images[1::2]
+    print("distance to 5,000 test images\n\n| | fid_latent | fid_classifier |\n|---|---|---|")
+    for name, images in (("the other 5,000", test_images[::2]),
+                         ("5,000 training images", train_images[:5000])):
+        features, judged_features = (classify(classifier, mnist_pixels(some))[0]
+                                     for some in (images, judged))
+        latents, judged_latents = (latent_features(model, some) for some in (images, judged))
+        print(f"| {name} | {frechet_distance(latents, judged_latents):.4f} | "
+              f"{frechet_distance(features, judged_features):.4f} |")
+
+
+def usefulness_table(args, device):
+    """Print how many real test digits classifiers read that were trained on generated digits alone.
+
+    And on as many real ones, with the same labels: the classification accuracy score (Ravuri,
+    Vinyals 2019).
+    """
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    images, labels = (values[:args.n_samples] for values in train.load_mnist(True, device=device))
+    test_images, test_labels = train.load_mnist(False, device=device)
+    print(f"trained on {len(images):,} digits; {args.seeds} seeds\n\n| | test digits read right |"
+          "\n|---|---|")
+
+    def score(images, seed):
+        classifier = train_classifier(images, labels, seed)
+        _, read = classify(classifier, mnist_pixels(test_images))
+        return (read == test_labels).double().mean().item()
+
+    seeds = range(args.seeds)
+    real = [score(images, seed) for seed in seeds]
+    print(f"| real | {with_deviation(real, '.2%')} |", flush=True)
+    made = [score(sample(model, labels, seed=seed)[-1].to(device), seed) for seed in seeds]
+    print(f"| generated | {with_deviation(made, '.2%')} |")
 
 
 def adamw_alone(state):
@@ -293,7 +344,8 @@ def recipe_table(args, device):
 
 # ---- command line ----
 TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table,
-          "guidance": guidance_table, "recipe": recipe_table}
+          "guidance": guidance_table, "floors": floor_table, "usefulness": usefulness_table,
+          "recipe": recipe_table}
 
 
 def main(argv=None):
