@@ -125,7 +125,8 @@ def check_settings(model, labels, sampler, steps, interval):
         raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
                          f"steps, not {steps}")
     if not 0 <= interval[0] <= interval[1] <= 1:
-        raise InputError(f"guidance_interval must rise, from 0 to 1, not {interval}")
+        raise InputError("guidance_interval must be LOW and HIGH, 0 <= LOW <= HIGH <= 1, not "
+                         f"{interval}")
 
 
 @torch.no_grad()
@@ -270,8 +271,8 @@ def generation_parser():
     add("steps", f"network evaluations for a digit (default: {steps})", type=bounded(int, 1))
     add("eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
     add("guidance", "pull towards the label; 1 is off", 1, type=bounded(float, 0, 100))
-    add("guidance_interval", "where it acts: from t / T = LOW to HIGH", (0, 1), type=float, nargs=2,
-        metavar=("LOW", "HIGH"))
+    add("guidance_interval", "guide for LOW <= t / T <= HIGH alone; noise is 1", (0, 1), nargs=2,
+        type=bounded(float, 0, 1), metavar=("LOW", "HIGH"))
     add("seed", "of all random numbers", 0, type=bounded(int, 0))
     add("out", "where the last checkpoint's go: .png grid, .gif its animation, .npz arrays "
         "(default: grids of all, in generated_samples)", type=Path)
@@ -291,7 +292,8 @@ def main(argv=None):
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
         with replacing(out) as file:
             frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
-                            args.eta, args.guidance_interval, 50 if out.suffix == ".gif" else 1)
+                            args.eta, args.guidance_interval,
+                            n_frames=50 if out.suffix == ".gif" else 1)
             write(file, out.suffix, frames, labels, columns)
         print(f"epoch {checkpoint['epoch']}: {out}")
 

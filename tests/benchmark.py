@@ -1,9 +1,9 @@
-"""Measure speed, and what samplers and the recipe's choices are worth.
+"""Measure speed, and what generated digits, samplers, guidance and the recipe are worth.
 
     python tests/benchmark.py training    images a second, beside a textbook loop: two minutes
     python tests/benchmark.py sampling    digits a second, beside the network alone: a minute
     python tests/benchmark.py samplers    distance and time of every sampler: hours on a CPU
-    python tests/benchmark.py guidance    digits at several strengths of guidance: ten minutes
+    python tests/benchmark.py guidance    digits at strengths and places of guidance: 15 minutes
     python tests/benchmark.py floors      distances among real digits: seconds
     python tests/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
     python tests/benchmark.py recipe      digits without one choice of the recipe at a time: hours
@@ -243,20 +243,21 @@ def guidance_table(args, device):
 
 @torch.inference_mode()
 def floor_table(args, device):
-    """Print the Frechet distances of real digits: what generated ones can hope for at N = 5,000."""
+    """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
     model, _ = load_checkpoint(args.checkpoint_path, device)
     classifier = load_classifier(device)
-    (train_images, _), (test_images, _) = (train.load_mnist(part, device=device)
-                                           for part in (True, False))
-    judged = test_images[1::2]
+    form = model.config["image_size"], model.config["channels"], device
+    train_images, test_images = (train.load_mnist(part, *form)[0] for part in (True, False))
+
+    def features(images):
+        return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
+
+    judged = features(test_images[1::2])
     print("distance to 5,000 test images\n\n| | fid_latent | fid_classifier |\n|---|---|---|")
     for name, images in (("the other 5,000", test_images[::2]),
                          ("5,000 training images", train_images[:5000])):
-        features, judged_features = (classify(classifier, mnist_pixels(some))[0]
-                                     for some in (images, judged))
-        latents, judged_latents = (latent_features(model, some) for some in (images, judged))
-        print(f"| {name} | {frechet_distance(latents, judged_latents):.4f} | "
-              f"{frechet_distance(features, judged_features):.4f} |")
+        latent, read = map(frechet_distance, features(images), judged)
+        print(f"| {name} | {latent:.4f} | {read:.4f} |")
 
 
 def usefulness_table(args, device):

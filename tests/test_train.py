@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist
+from conftest import (REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist,
+                      write_checkpoint)
 from diffusers import DDPMScheduler
 from PIL import Image
 from scipy.special import logit
@@ -520,6 +521,25 @@ def test_benchmark_of_training(monkeypatch, capsys):
     assert re.search(r"training is \d+\.\d+ times the textbook loop's rate", printed)
     mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
     assert mflop == pytest.approx(3 * 92.5, rel=0.03)  # backwards costs twice as much as forwards
+
+
+@pytest.mark.parametrize("what, rows", [
+    ("guidance", len(benchmark.GUIDANCE)), ("floors", 2), ("usefulness", 2)])
+def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
+    given = []
+
+    def classifier(images, labels, seed):
+        given.append((images.shape, labels.tolist()))
+        return test.load_classifier(CPU)
+
+    monkeypatch.setattr(benchmark, "train_classifier", classifier)
+    path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
+    benchmark.TABLES[what](SimpleNamespace(checkpoint_path=path, n_samples=20, seeds=1), CPU)
+    header, _, *lines = capsys.readouterr().out.strip().partition("\n\n")[2].split("\n")
+    assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
+    if what == "usefulness":
+        real, made = given
+        assert real == made and real[0] == (20, 1, 28, 28)
 
 
 @pytest.mark.parametrize("name", benchmark.RECIPES)
