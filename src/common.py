@@ -54,7 +54,7 @@ def generator(device, *key):
 
 # ---- files ----
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, mode="wb"):
     """Open a file that takes path's place once it is whole: readers see the old one or the new.
 
     Raises InputError, with the old file as it was, where it cannot be written: on a full disk, say.
@@ -62,7 +62,7 @@ def replacing(path):
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -93,19 +93,16 @@ def load_tensors(path, device="cpu"):
 
 def write_csv(path, rows):
     """Write rows, dicts with the same keys, under a header of these keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    with replacing(path, "w") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def epoch_checkpoints(root):
     """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, by rising N."""
-    prefix = "diffusion_epoch_"
-    found = root.glob(f"checkpoints/{prefix}*.pth")
-    paths = {path.stem.removeprefix(prefix): path for path in found}
+    found = root.glob("checkpoints/diffusion_epoch_*.pth")
+    paths = {path.stem.removeprefix("diffusion_epoch_"): path for path in found}
     return {int(n): paths[n] for n in sorted(filter(str.isdecimal, paths), key=int)}
 
 

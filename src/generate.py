@@ -6,7 +6,6 @@
 
 The samplers come first, then sampling in chunks, pictures and arrays, checkpoints.
 """
-import functools
 import math
 from pathlib import Path
 
@@ -253,9 +252,9 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
 # ---- command line ----
 def add_checkpoint_flags(parser, add):
     """Add the flags that say which checkpoints to read."""
-    choice = functools.partial(add_flag, parser.add_mutually_exclusive_group())
-    choice("epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
-    choice("checkpoint_path", "take this checkpoint alone", type=Path)
+    group = parser.add_mutually_exclusive_group()
+    add_flag(group, "epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
+    add_flag(group, "checkpoint_path", "take this checkpoint alone", type=Path)
     add("channels", "refuse checkpoints of other channels", type=int)
 
 

@@ -132,8 +132,7 @@ def frechet_distance(a, b):
 
 
 def kth_nearest(points, others, k=1):
-    """Return (distances (N,), indices (N,)): each of points' (N, D) k-th nearest of others (M, D).
-    """
+    """Return (distances, indices), each (N,): points' (N, D) k-th nearest of others (M, D)."""
     found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(CHUNK)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
@@ -232,20 +231,19 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
     torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
     classifier = load_classifier(device)
     latent_model, last = load_checkpoint(paths[-1], device)
-    config = latent_model.config
-    (train_images, train_labels), (test_images, test_labels) = (
-        load_mnist(part, config["image_size"], config["channels"], device)
-        for part in (True, False))
+    size, channels = latent_model.config["image_size"], latent_model.config["channels"]
+    train_images, train_labels = load_mnist(True, size, channels, device)
+    test_images, test_labels = load_mnist(False, size, channels, device)
     judges = classifier, latent_model, mnist_pixels(train_images)
     real = describe(test_images, *judges)
     thresholds = copy_thresholds(real, test_labels)
     labels = spread_labels(test_labels, n_samples)
-    form = dict(n_samples=n_samples, latent_epoch=last["epoch"])
+    conditions = dict(n_samples=n_samples, latent_epoch=last["epoch"])
 
     floor = describe(pick_images(train_images, train_labels, labels), *judges)
     values = scores(floor, labels, real, thresholds)
     values["copies"] = (real.distances < thresholds[test_labels]).double().mean().item()
-    yield [dict(epoch="real", seed=None, mse=math.nan, **values, **form)]
+    yield [dict(epoch="real", seed=None, mse=math.nan, **values, **conditions)]
     for path in paths:
         model, checkpoint = load_checkpoint(path, device)
         mse = noise_mse(model, test_images, test_labels, batch_size)
@@ -254,7 +252,7 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
             images = sample(model, labels, seed=seed)[-1].to(device)
             made = describe(images, *judges)
             rows.append(dict(epoch=checkpoint["epoch"], seed=seed, mse=mse,
-                             **scores(made, labels, real, thresholds), **form))
+                             **scores(made, labels, real, thresholds), **conditions))
         pairs = closest_pairs(images, made, train_images, thresholds)  # of the last seed's
         with replacing(datas / f"metrics_closest_{checkpoint['epoch']}.png") as file:
             draw_grid(pairs.cpu(), 10).save(file, format="png")

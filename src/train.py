@@ -377,9 +377,7 @@ def load_state(root, device):
         state.model.load_state_dict(saved["model"])
         state.average.load_state_dict(saved["average"])
         state.adamw.load_state_dict(saved["adamw"])
-        for buffer, values in zip(state.muon.buffers, saved["muon"], strict=True):
-            buffer.copy_(values)
-        state.total_loss.copy_(saved["total_loss"])
+        state.muon.buffers, state.total_loss = saved["muon"], saved["total_loss"]
         state.step, state.seconds, state.log = saved["step"], saved["seconds"], saved["log"]
     return state
 
@@ -426,14 +424,13 @@ def train(state, images, labels, root, signals):
             bar.set_description(f"epoch {len(state.log) + 1}/{settings.n_epochs}")
             start = time.perf_counter() - state.seconds
             for batch in batches_left(state, len(images)):
-                now = time.perf_counter()
-                stop = bool(signals)
-                state.seconds = now - start
-                if first and (stop or now - saved > SAVE_INTERVAL):
+                state.seconds = time.perf_counter() - start
+                if signals:
                     save_state(state, root)
-                    saved = now
-                if stop:
                     return
+                if first and time.perf_counter() - saved > SAVE_INTERVAL:
+                    save_state(state, root)
+                    saved = time.perf_counter()
                 training_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
             end_epoch(state, len(images), start, root)
@@ -488,12 +485,11 @@ def start_state(args, device):
 
 def start_processes(device):
     """Join the processes that torchrun has started, if it has. Return this process's device."""
-    if not dist.is_torchelastic_launched():
-        return torch.device(device)
-    if device != "cpu":
-        device = f"cuda:{dist.get_node_local_rank()}"
-        torch.cuda.set_device(device)
-    dist.init_process_group()
+    if dist.is_torchelastic_launched():
+        if device != "cpu":
+            device = f"cuda:{dist.get_node_local_rank()}"
+            torch.cuda.set_device(device)
+        dist.init_process_group()
     return torch.device(device)
 
 
