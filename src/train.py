@@ -49,7 +49,7 @@ class Settings:
     max_norm: float = 1.0  # of all gradients together
     warmup_steps: int = 100
     ema_decay: float = 0.9999  # at most; a short run averages over its last tenth
-    label_dropout: float = 0.05  # hidden, for guidance; at the customary 0.1 more digits go wrong
+    label_dropout: float = 0.05  # hidden, for guidance
     t_mean: float = -0.8  # of logit(t / T), normal: half of t / T lie from 0.19 to 0.47
     t_std: float = 1.0
     loss_power: float = 0.5  # weight alphas_cumprod^-0.5: halfway from eps's error (0) to v's (1)
@@ -163,7 +163,7 @@ class SimpleUnet(nn.Module):
         self.up4 = ResBlock(half + half, half, emb)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
         self.register_buffer("alphas_cumprod", cumulative_alphas(time_steps), persistent=False)
-        nn.init.normal_(self.label_embedding.weight, std=0.5)  # from 0 the digits are learnt late
+        nn.init.normal_(self.label_embedding.weight, std=0.5)  # from 0 it is learnt a little later
         nn.init.zeros_(self.conv_out.weight)
 
     def embed(self, t, labels):
