@@ -109,7 +109,7 @@ def epoch_checkpoints(root):
 # ---- flags ----
 def bounded(kind, minimum, maximum=10**9):
     """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
-    def number(text):  # "invalid number value", says argparse
+    def number(text):  # argparse calls what fails to convert an "invalid number value"
         value = kind(text)
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")

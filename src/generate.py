@@ -228,6 +228,8 @@ def find_checkpoints(root, epochs, checkpoint_path=None):
     if min(found) > epochs:
         raise InputError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch "
                          f"{min(found)}")
+    if max(found) > epochs:
+        print(f"checkpoints after epoch {epochs} are left out: --epochs {max(found)} takes all")
     return [path for epoch, path in found.items() if epoch <= epochs]
 
 

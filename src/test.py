@@ -287,7 +287,7 @@ def plot_metrics(file, evaluations):
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 3), METRICS, strict=False):
+    for axes, name in zip(figure.subplots(1, 3), METRICS[:3], strict=True):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
                       fmt="o-", capsize=3, label=f"{floor['n_samples']:,} digits")
         axes.set(title=name, xlabel="epoch")
@@ -346,7 +346,8 @@ def main(argv=None):
         for rows in evaluate(paths, device, args.n_samples, seeds, datas, args.batch_size):
             evaluations.append(rows)
             print_rows(rows)
-            write_csv(datas / "metrics.csv", [row for part in evaluations for row in part])
+            if len(evaluations) > 1:  # real digits alone must not replace an earlier result
+                write_csv(datas / "metrics.csv", [row for part in evaluations for row in part])
         plot_metrics(file, evaluations)
     print(f"{datas}: metrics.csv, metrics.png, metrics_closest_{rows[0]['epoch']}.png")
 

@@ -233,7 +233,7 @@ def orthogonalize(matrices):
 
 
 class Muon:
-    """Momentum, orthogonalized (Jordan et al. 2024): all directions of a kernel learn as fast.
+    """Momentum, orthogonalized (Jordan et al. 2024): all directions of a kernel learn equally fast.
 
     Kernels (out, in, k, k) are matrices (out, in * k * k), of one shape in one stack, in float32.
     """
@@ -371,7 +371,7 @@ def save_state(state, root):
 
 def load_state(root, device):
     """Return the State that save_state wrote. Raises InputError where there is none, or damaged."""
-    with reading(root / LATEST, "remove it and start without --resume, or name another --root"):
+    with reading(root / LATEST, "start a run without --resume, or name another --root"):
         saved = load_tensors(root / LATEST, device)
         state = State(Settings(**saved["settings"]), device)
         state.model.load_state_dict(saved["model"])

@@ -289,14 +289,16 @@ def test_generate_samples_takes_the_weights_of_a_file(small_model, tmp_path):
 
 
 # ---- checkpoints ----
-def test_checkpoints_are_found_in_the_order_of_epochs(tmp_path):
+def test_checkpoints_are_found_in_the_order_of_epochs(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     for name in ("diffusion_epoch_100.pth", "diffusion_epoch_20.pth", "diffusion_epoch_30.pth.tmp",
                  "diffusion_epoch_x.pth", "pretrained.pth"):
         (tmp_path / "checkpoints" / name).touch()
     found = [path.name for path in generate.find_checkpoints(tmp_path, 1000)]
     assert found == ["diffusion_epoch_20.pth", "diffusion_epoch_100.pth"]
+    assert capsys.readouterr().out == ""
     assert len(generate.find_checkpoints(tmp_path, 99)) == 1
+    assert "--epochs 100 takes all" in capsys.readouterr().out
     assert generate.find_checkpoints(tmp_path, 1, tmp_path / "mine.pth") == [tmp_path / "mine.pth"]
     with pytest.raises(InputError, match="epoch 20"):
         generate.find_checkpoints(tmp_path, 19)

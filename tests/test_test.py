@@ -391,15 +391,20 @@ def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
     run, _, rows = evaluation
     sample = test.sample
 
-    def stop_at_20(model, labels, seed):
-        if model.conv_out.bias[0] == 20:
-            raise KeyboardInterrupt
-        return sample(model, labels, seed)
+    def stop_at(epoch):
+        def stopping_sample(model, labels, seed):
+            if model.conv_out.bias[0] == epoch:
+                raise KeyboardInterrupt
+            return sample(model, labels, seed)
+        monkeypatch.setattr(test, "sample", stopping_sample)
+        with pytest.raises(KeyboardInterrupt):
+            run()
 
-    monkeypatch.setattr(test, "sample", stop_at_20)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    stop_at(20)
     assert [row["epoch"] for row in rows()] == ["real", "10"]
+    before = rows()
+    stop_at(10)  # nothing new is known: what was known is kept
+    assert rows() == before
 
 
 # ---- command line ----
