@@ -287,9 +287,10 @@ def plot_metrics(file, evaluations):
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 3), METRICS[:3], strict=True):
+    colours = "tab:blue", "tab:orange", "tab:green"
+    for axes, name, colour in zip(figure.subplots(1, 3), METRICS[:3], colours, strict=True):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
-                      fmt="o-", capsize=3, label=f"{floor['n_samples']:,} digits")
+                      fmt="o-", color=colour, capsize=3, label=f"{floor['n_samples']:,} digits")
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.get_major_locator().set_params(integer=True)
