@@ -7,6 +7,7 @@
 The samplers come first, then sampling in chunks, pictures and arrays, checkpoints.
 """
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +230,8 @@ def find_checkpoints(root, epochs, checkpoint_path=None):
         raise InputError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch "
                          f"{min(found)}")
     if max(found) > epochs:
-        print(f"checkpoints after epoch {epochs} are left out: --epochs {max(found)} takes all")
+        print(f"checkpoints after epoch {epochs} are left out: --epochs {max(found)} takes all",
+              file=sys.stderr)
     return [path for epoch, path in found.items() if epoch <= epochs]
 
 

@@ -296,9 +296,9 @@ def test_checkpoints_are_found_in_the_order_of_epochs(tmp_path, capsys):
         (tmp_path / "checkpoints" / name).touch()
     found = [path.name for path in generate.find_checkpoints(tmp_path, 1000)]
     assert found == ["diffusion_epoch_20.pth", "diffusion_epoch_100.pth"]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     assert len(generate.find_checkpoints(tmp_path, 99)) == 1
-    assert "--epochs 100 takes all" in capsys.readouterr().out
+    assert "--epochs 100 takes all" in capsys.readouterr().err
     assert generate.find_checkpoints(tmp_path, 1, tmp_path / "mine.pth") == [tmp_path / "mine.pth"]
     with pytest.raises(InputError, match="epoch 20"):
         generate.find_checkpoints(tmp_path, 19)
