@@ -163,7 +163,7 @@ class SimpleUnet(nn.Module):
         self.up4 = ResBlock(half + half, half, emb)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
         self.register_buffer("alphas_cumprod", cumulative_alphas(time_steps), persistent=False)
-        nn.init.normal_(self.label_embedding.weight, std=0.5)  # from 0 it is learnt a little later
+        nn.init.normal_(self.label_embedding.weight, std=0.5)
         nn.init.zeros_(self.conv_out.weight)
 
     def embed(self, t, labels):
