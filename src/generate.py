@@ -93,14 +93,12 @@ SAMPLERS = {  # function; steps by default, None: T; eta by default
 
 
 # ---- sampling ----
-def noise_predictor(model, labels, guidance, interval=(0, 1)):
+def noise_predictor(model, labels, guidance):
     """Return the function eps(x_t, t) that samplers ask for: the model's for the labels (B,).
 
     guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022). At 1 that is eps_label,
-    and the network is not asked for eps_null; nor is it for t / T outside the interval
-    (Kynkaanniemi et al. 2024).
+    and the network is not asked for eps_null.
     """
-    low, high = (share * model.config["time_steps"] for share in interval)
     label_and_null = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
     def predict(x_t, t, labels):
@@ -108,15 +106,15 @@ def noise_predictor(model, labels, guidance, interval=(0, 1)):
             return model(x_t, torch.full_like(labels, t), labels).float()
 
     def eps(x_t, t):
-        if guidance == 1 or not low <= t <= high:
+        if guidance == 1:
             return predict(x_t, t, labels)
         eps_label, eps_null = predict(x_t.repeat(2, 1, 1, 1), t, label_and_null).chunk(2)
         return eps_null + guidance * (eps_label - eps_null)
     return eps
 
 
-def check_settings(model, labels, sampler, steps, interval):
-    """Raise InputError for what sample cannot follow."""
+def check_settings(model, labels, sampler, steps):
+    """Raise InputError for labels, a sampler or steps that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
         raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
     if sampler not in SAMPLERS:
@@ -124,22 +122,18 @@ def check_settings(model, labels, sampler, steps, interval):
     if steps is not None and not 1 <= steps <= model.config["time_steps"]:
         raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
                          f"steps, not {steps}")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise InputError("guidance_interval must be LOW and HIGH, 0 <= LOW <= HIGH <= 1, not "
-                         f"{interval}")
 
 
 @torch.no_grad()
-def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None,
-           guidance_interval=(0, 1), n_frames=1):
+def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The frames show x_t after n_frames of the steps, or after all if there are fewer; the last is
-    the clean image. steps and eta are by default the sampler's, see SAMPLERS; guidance and its
-    interval are noise_predictor's. On one machine image i depends on i, the seed, labels[i] and
-    these settings alone. Raises InputError as check_settings does.
+    the clean image. steps and eta are by default the sampler's, see SAMPLERS. On one machine image
+    i depends on i, the seed, labels[i] and these settings alone. Raises InputError as
+    check_settings does.
     """
-    check_settings(model, labels, sampler, steps, guidance_interval)
+    check_settings(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
     function, default_steps, default_eta = SAMPLERS[sampler]
     steps = steps or min(default_steps or config["time_steps"], config["time_steps"])
@@ -150,8 +144,7 @@ def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=Non
     chunks, images = labels.split(CHUNK), []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
-            padded = pad(chunk, (0, CHUNK - len(chunk))).to(device)
-            eps = noise_predictor(model, padded, guidance, guidance_interval)
+            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
             rng = generator(device, "samples", seed, number)
             noise, frames = torch.randn(shape, generator=rng, device=device), []
             for step, x_t in enumerate(function(eps, noise, levels, rng, eta), 1):
@@ -240,8 +233,8 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
     """Write the grid save_dir/generated_samples_{epoch}.png; return its images (N, C, H, W) uint8.
 
     With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
-    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance,
-    eta and guidance_interval. Raises InputError as sample does.
+    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
+    and eta. Raises InputError as sample does.
     """
     if checkpoint_path:
         model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
@@ -274,8 +267,6 @@ def generation_parser():
     add("steps", f"network evaluations for a digit (default: {steps})", type=bounded(int, 1))
     add("eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
     add("guidance", "pull towards the label; 1 is off", 1, type=bounded(float, 0, 100))
-    add("guidance_interval", "guide for LOW <= t / T <= HIGH alone; noise is 1", (0, 1), nargs=2,
-        type=bounded(float, 0, 1), metavar=("LOW", "HIGH"))
     add("seed", "of all random numbers", 0, type=bounded(int, 0))
     add("out", "where the last checkpoint's go: .png grid, .gif its animation, .npz arrays "
         "(default: grids of all, in generated_samples)", type=Path)
@@ -295,8 +286,7 @@ def main(argv=None):
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
         with replacing(out) as file:
             frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
-                            args.eta, args.guidance_interval,
-                            n_frames=50 if out.suffix == ".gif" else 1)
+                            args.eta, n_frames=50 if out.suffix == ".gif" else 1)
             write(file, out.suffix, frames, labels, columns)
         print(f"epoch {checkpoint['epoch']}: {out}")
 

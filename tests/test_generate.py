@@ -156,27 +156,12 @@ def test_guidance_weighs_label_against_null_in_one_evaluation(small_model):
         batches.append(len(x))
         return small_model(x, t, y)
 
-    model.config = small_model.config
     eps = {s: generate.noise_predictor(model, labels, s)(x_t, 500) for s in (0, 1, 3)}
     null = torch.full((2,), train.NULL_LABEL)
     nameless = generate.noise_predictor(small_model, null, 1)(x_t, 500)
     torch.testing.assert_close(eps[0], nameless, rtol=0.02, atol=0.02)  # maybe in bfloat16
     torch.testing.assert_close(eps[3], eps[0] + 3 * (eps[1] - eps[0]), rtol=0.1, atol=0.1)
     assert batches == [4, 2, 4]
-
-
-def test_guidance_acts_within_its_interval_alone(small_model):
-    labels = torch.tensor([3, 7])
-    x_t = torch.randn(2, 1, 28, 28, generator=generator(CPU, "samples", 0))
-    plain, guided, within = (generate.noise_predictor(small_model, labels, s, interval)
-                             for s, interval in ((1, (0, 1)), (3, (0, 1)), (3, (0.1, 0.3))))
-    for t, expected in ((99, plain), (100, guided), (300, guided), (301, plain)):
-        assert within(x_t, t).equal(expected(x_t, t))
-    whole, none, part = (clean(small_model, labels, guidance=3, guidance_interval=interval)
-                         for interval in ((0, 1), (1, 1), (0.1, 0.3)))
-    assert none.equal(clean(small_model, labels))
-    assert whole.equal(clean(small_model, labels, guidance=3))
-    assert not part.equal(none) and not part.equal(whole)
 
 
 def test_frames_end_with_the_clean_images(small_model):
@@ -202,8 +187,7 @@ def test_labels_cycle_or_are_drawn_from_the_seed():
 
 @pytest.mark.parametrize("settings, named", [
     (dict(labels=[11]), "labels"), (dict(labels=[-1]), "labels"), (dict(n_samples=0), "labels"),
-    (dict(sampler="euler"), "sampler"), (dict(steps=0), "steps"), (dict(steps=1001), "1000"),
-    (dict(guidance_interval=(0.5, 0.2)), "guidance_interval")])
+    (dict(sampler="euler"), "sampler"), (dict(steps=0), "steps"), (dict(steps=1001), "1000")])
 def test_settings_that_cannot_be_are_refused(settings, named, small_model, tmp_path):
     with pytest.raises(InputError, match=named):
         generate.generate_samples(small_model, save_dir=tmp_path, **settings)
@@ -336,8 +320,7 @@ def test_released_weights_draw_the_digit_asked_for():
     model, _ = generate.load_checkpoint(train.REPOSITORY / "checkpoints/pretrained.pth")
     classifier = test.load_classifier(CPU)
     labels = torch.arange(100) % 10
-    guided = dict(guidance=2, guidance_interval=(0.1, 0.3))
-    for settings in (dict(), dict(guidance=2), guided, dict(sampler="ddim", steps=20)):
+    for settings in (dict(), dict(guidance=2), dict(sampler="ddim", steps=20)):
         pixels = test.mnist_pixels(clean(model, labels, **settings))
         _, digits = test.classify(classifier, pixels)
         assert (digits == labels).double().mean() > 0.9
