@@ -266,7 +266,7 @@ def generation_parser():
     add("sampler", "dpm is the fast one, ddpm the original", "dpm", choices=SAMPLERS)
     add("steps", f"network evaluations for a digit (default: {steps})", type=bounded(int, 1))
     add("eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
-    add("guidance", "pull towards the label; 1 is off", 1, type=bounded(float, 0, 100))
+    add("guidance", "pull towards the label; 1: as trained", 1, type=bounded(float, 0, 100))
     add("seed", "of all random numbers", 0, type=bounded(int, 0))
     add("out", "where the last checkpoint's go: .png grid, .gif its animation, .npz arrays "
         "(default: grids of all, in generated_samples)", type=Path)

@@ -53,7 +53,7 @@ class Settings:
     t_mean: float = -0.8  # of logit(t / T), normal: half of t / T lie from 0.19 to 0.47
     t_std: float = 1.0
     loss_power: float = 0.5  # weight alphas_cumprod^-0.5: halfway from eps's error (0) to v's (1)
-    model_guidance: float = 0.5  # w: as a guidance of 1 / (1 - w) in sampling, at no cost there
+    model_guidance: float = 0.5  # w, for some t: as a guidance of 1 / (1 - w) in sampling
 
 
 # ---- data ----
@@ -211,15 +211,15 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the mean squared error of the predicted noise (DDPM, eq. 14), weighted by t.
 
-    t rises along the batch. In its second quarter, t / T from 0.19 to 0.31, the network learns to
-    guide itself: to predict noise + w (eps_label - eps_null) (model guidance, Tang et al. 2025,
-    eq. 18). There guidance costs the least variety.
+    t rises along the batch. In its second quarter, that is for t / T from 0.19 to 0.31, the network
+    learns to guide itself: to predict noise + w (eps_label - eps_null) (model guidance, Tang et
+    al. 2025, eq. 18). At larger t that would make digits alike (Kynkaanniemi et al. 2024).
     """
     x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
-    second = slice(len(t) // 4, (len(t) + 1) // 2)  # a single image counts
+    second = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)
-        with torch.no_grad():
+        with torch.no_grad():  # not before the other: autocast would keep weights without gradients
             nulls = torch.full_like(labels[second], NULL_LABEL)
             eps_null = network(x_t[second], t[second], nulls)
     target = noise.clone()

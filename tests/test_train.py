@@ -543,7 +543,7 @@ def test_benchmark_of_training(monkeypatch, capsys):
     assert names[:2] == ["training", "textbook float32"] and names[-1] == "matrix product"
     assert re.search(r"training is \d+\.\d+ times the textbook loop's rate", printed)
     mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
-    forwards = 92.5  # and twice as much backwards, a quarter again for guidance; Muon's of a step
+    forwards = 92.5  # twice as much backwards, a quarter for guidance, and 414 MFLOP of Muon a step
     assert mflop == pytest.approx(3.25 * forwards + 414 / 8, rel=0.03)
 
 
