@@ -200,7 +200,7 @@ def draw_t(batch_size, settings, rng):
     """Return t (B,) int64 in [0, T - 1]: t / T is logit-normal (Esser et al. 2024).
 
     It is stratified: the i-th t comes from the i-th of B equally likely parts, so that no batch
-    has too many large or small t, and the losses of batches differ less. t rises along the batch.
+    has too many large or small t, and the losses of batches differ less.
     """
     part = torch.arange(batch_size, device=rng.device)
     u = (part + torch.rand(batch_size, generator=rng, device=rng.device)) / batch_size
@@ -211,9 +211,9 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the mean squared error of the predicted noise (DDPM, eq. 14), weighted by t.
 
-    t rises along the batch. In its second quarter, that is for t / T from 0.19 to 0.31, the network
-    learns to guide itself: to predict noise + w (eps_label - eps_null) (model guidance, Tang et
-    al. 2025, eq. 18). At larger t that would make digits alike (Kynkaanniemi et al. 2024).
+    t rises along the batch, see draw_t. In the second quarter, that is for t / T from 0.19 to 0.31,
+    the network learns to guide itself: to predict noise + w (eps_label - eps_null) (model guidance,
+    Tang et al. 2025, eq. 18). At larger t that would make digits alike (Kynkaanniemi et al. 2024).
     """
     x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
     second = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
