@@ -86,7 +86,7 @@ def dpm(eps, x_t, levels, rng, eta, clip=True):
 
 
 SAMPLERS = {  # function; steps by default, None: T; eta by default
-    "dpm": (dpm, 10, 1.0),
+    "dpm": (dpm, 12, 1.0),
     "ddim": (ddim, 50, 0.0),
     "ddpm": (ddim, None, 1.0),
 }
