@@ -1,9 +1,9 @@
 """Measure speed, and what generated digits, samplers, guidance and the recipe are worth.
 
-    python tests/benchmark.py training    images a second, beside a textbook loop: two minutes
-    python tests/benchmark.py sampling    digits a second, beside the network alone: a minute
+    python tests/benchmark.py training    images a second, beside a textbook loop: minutes
+    python tests/benchmark.py sampling    digits a second, beside the network alone: minutes
     python tests/benchmark.py samplers    distance and time of every sampler: hours on a CPU
-    python tests/benchmark.py guidance    digits at several strengths of guidance: 8 minutes
+    python tests/benchmark.py guidance    digits at several strengths of guidance: minutes
     python tests/benchmark.py floors      distances among real digits: seconds
     python tests/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
     python tests/benchmark.py recipe      digits without one choice of the recipe at a time: hours
