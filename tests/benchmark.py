@@ -78,7 +78,8 @@ def peak_memory(device):
     """Return the MiB that the process, or on a GPU its tensors, have taken at most."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def our_training(state, images, labels):
@@ -296,8 +297,8 @@ def labels_from_0(state):
 RECIPES = {  # other settings; what is done to the state; whether the rates fall
     "the recipe": ({}, None, True),
     "no guidance in training": (dict(model_guidance=0.0), None, True),
-    "t nearly uniform, all as heavy (as DDPM)": (
-        dict(t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
+    "no guidance in training, t nearly uniform, all as heavy (as DDPM)": (
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
     "AdamW at 0.002 for all": (dict(adamw_rate=0.002), adamw_alone, True),
     "AdamW at 0.005 for all": (dict(adamw_rate=0.005), adamw_alone, True),
     "no average of the weights": (dict(ema_decay=0.0), None, True),
