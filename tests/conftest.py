@@ -126,5 +126,5 @@ def error_of(main, argv, capsys):
 @pytest.fixture(scope="session")
 def trained(small_repository):
     """(folder, completed process) of two epochs of 'python src/train.py' in the small one."""
-    flags = "--n_epochs 2 --save_every 1 --batch_size 64 --device cpu".split()
+    flags = "--n_epochs 2 --save_every 1 --batch_size 64 --width 16 --device cpu".split()
     return small_repository, call(small_repository, "src/train.py", *flags)

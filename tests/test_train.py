@@ -453,7 +453,7 @@ def test_the_state_is_saved_first_of_all_and_from_time_to_time(tmp_path, small_m
 # ---- several processes ----
 def run_processes(folder, count, *flags):
     """Train on the small repository's images, for an epoch of 20 steps, in that many processes."""
-    flags = ["--device", "cpu", *map(str, flags)]
+    flags = ["--device", "cpu", "--image_size", "12", *map(str, flags)]
     if count == 1:
         train.main(flags)
     else:
