@@ -108,7 +108,8 @@ def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
 def normalize(x):
     """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group."""
     x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory: there F.group_norm is slow
-    return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # on a GPU it would give float32
+        return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -258,17 +259,27 @@ class Muon:
         self.momentum = momentum
         self.buffers = [torch.zeros_like(torch.stack(stack)).flatten(2) for stack in self.stacks]
         self.rate = torch.zeros((), device=self.buffers[0].device)
+        self.streams = [torch.cuda.Stream() if self.rate.is_cuda else None for _ in self.stacks]
+
+    def move(self, stack, buffer):
+        gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
+        buffer.lerp_(gradients, 1 - self.momentum)
+        updates = orthogonalize(gradients.lerp(buffer, self.momentum))  # Nesterov's momentum
+        _, rows, columns = updates.shape
+        updates *= self.rate * max(1, rows / columns) ** 0.5
+        for kernel, update in zip(stack, updates, strict=True):
+            kernel -= update.view_as(kernel)
 
     @torch.no_grad()
     def step(self):
-        for stack, buffer in zip(self.stacks, self.buffers, strict=True):
-            gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
-            buffer.lerp_(gradients, 1 - self.momentum)
-            updates = orthogonalize(gradients.lerp(buffer, self.momentum))  # Nesterov's momentum
-            _, rows, columns = updates.shape
-            updates *= self.rate * max(1, rows / columns) ** 0.5
-            for kernel, update in zip(stack, updates, strict=True):
-                kernel -= update.view_as(kernel)
+        """Move all kernels. On a GPU, which one stack does not fill, the stacks go side by side."""
+        for stack, buffer, stream in zip(self.stacks, self.buffers, self.streams, strict=True):
+            if stream:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.move(stack, buffer)
+        for stream in filter(None, self.streams):
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 # ---- step ----
@@ -292,9 +303,11 @@ class State:
                    if p.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
         self.muon = Muon([named.pop(name) for name in kernels], settings.muon_momentum)
         self.adamw = torch.optim.AdamW(named.values(), lr=torch.zeros((), device=device),
-                                       betas=settings.adamw_betas, weight_decay=0, fused=True)
+                                       betas=settings.adamw_betas, weight_decay=0, fused=True,
+                                       capturable=True)
         self.decay = torch.zeros((), device=device)  # of the average
         self.rng = torch.Generator(device)
+        self.replay = None  # on a GPU, from the second step on: see capture
         self.step = 0  # steps taken
         self.total_loss = torch.zeros((), device=device)  # of the epoch so far
         self.seconds = 0.0  # that the epoch has taken so far
@@ -332,6 +345,25 @@ def update(state, images, labels):
     state.total_loss += loss.detach()
 
 
+def capture(state, images, labels):
+    """Return update(state, images, labels), for batches of this size, as one CUDA graph.
+
+    A GPU waits longer for the thousand kernels of a step, launched one by one, than it runs them.
+    Capturing computes nothing.
+    """
+    images, labels = images.clone(), labels.clone()  # what the graph reads
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(state.rng)
+    with torch.cuda.graph(graph):
+        update(state, images, labels)
+
+    def replay(next_images, next_labels):
+        images.copy_(next_images)
+        labels.copy_(next_labels)
+        graph.replay()
+    return replay
+
+
 def training_step(state, images, labels, total_steps):
     """Take the next of total_steps steps, on a batch: images (B, C, H, W) uint8, labels (B,)."""
     settings, n = state.settings, state.step
@@ -340,7 +372,12 @@ def training_step(state, images, labels, total_steps):
     state.muon.rate.fill_(factor * settings.muon_rate)
     state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
     state.decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
-    update(state, images, labels)
+    if state.replay:
+        state.replay(images, labels)
+    else:
+        update(state, images, labels)
+        if state.rng.device.type == "cuda" and state.processes == 1:
+            state.replay = capture(state, images, labels)
     state.step += 1
 
 
@@ -497,10 +534,12 @@ def start_state(args, device):
 
 def start_processes(device):
     """Join the processes that torchrun has started, if it has. Return this process's device."""
-    if dist.is_torchelastic_launched():
-        if device != "cpu":
-            device = f"cuda:{dist.get_node_local_rank()}"
-            torch.cuda.set_device(device)
+    launched = dist.is_torchelastic_launched()
+    if device != "cpu":
+        number = dist.get_node_local_rank() if launched else torch.device(device).index or 0
+        device = f"cuda:{number}"
+        torch.cuda.set_device(device)
+    if launched:
         dist.init_process_group()
     return torch.device(device)
 

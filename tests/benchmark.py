@@ -359,7 +359,7 @@ def main(argv=None):
     device = torch.device(args.device)
     name = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
     TABLES[args.what](args, device)

@@ -1,158 +1,76 @@
-"""The way of a tensor on a GPU, without one: fake tensors claim to be on cuda:0 and have no values.
-
-An operation that brings two devices together raises, as it would on a GPU. What fake tensors cannot
-do has a stand-in here: torch.Generator("cuda"), backward(), Module.to, the fused AdamW, and what
-sampling reads on the CPU.
-"""
-import copy
+"""What only a GPU can show; skipped without one."""
+import functools
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import generate
 import test
 import train
+from common import REPOSITORY
+from conftest import read_csv, saved_state
 
-CUDA = torch.device("cuda", 0)
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor",
-                                        "ignore:CUDA is not available")
-
-
-class FakeGenerator(torch.Generator):
-    """A generator that claims to be on the device that it was asked for."""
-
-    def __new__(cls, device="cpu"):
-        self = super().__new__(cls)
-        self.claimed = torch.device(device)
-        return self
-
-    @property
-    def device(self):
-        return self.claimed
-
-    def manual_seed(self, seed):
-        super().manual_seed(seed)
-        return self
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def fused_adamw(*lists, lr, **more):
-    assert {tensor.device for tensors in lists for tensor in tensors} == {CUDA} == {lr.device}
+def run(root, *flags):
+    train.main([str(flag) for flag in ("--root", root, "--batch_size", 64, *flags)])
 
 
-@pytest.fixture(autouse=True)
-def fake_gpu(monkeypatch):
-    levels = generate.noise_levels(1000, 3)
-    monkeypatch.setattr(generate, "noise_levels", lambda time_steps, steps: levels)
-    monkeypatch.setattr(generate, "check_settings", lambda *settings: None)
-    monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
-    monkeypatch.setattr(torch, "Generator", FakeGenerator)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **form: self)
-    with FakeTensorMode(allow_non_fake_inputs=True), CUDA:
-        yield
+def test_a_gpu_trains_generates_and_evaluates(tmp_path, small_mnist):
+    run(tmp_path, "--n_epochs", 2)
+    generate.main(["--root", str(tmp_path)])
+    test.main(["--root", str(tmp_path), "--n_samples", "2000"])
+    assert [row["epoch"] for row in read_csv(tmp_path / "datas/metrics.csv")] == ["real", "2"]
 
 
-def on_gpu(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype, device=CUDA)
+def test_a_run_goes_on_on_another_device(tmp_path, small_mnist):
+    for epoch, device in enumerate(["cuda", "cpu", "cuda", "cuda"], 1):
+        run(tmp_path, "--n_epochs", epoch, "--device", device, *["--resume"][:epoch - 1])
+    state = saved_state(tmp_path)
+    assert state["step"] == 16 and [epoch for epoch, _ in state["log"]] == [1, 2, 3, 4]
 
 
-@pytest.fixture
-def state(monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "__bool__", lambda self: True)  # AdamW: is the rate positive?
-        state = train.State(train.Settings(), CUDA)
-
-    def backward(loss):
-        assert loss.device == CUDA and loss.requires_grad
-        for p in state.model.parameters():
-            p.grad = torch.empty_like(p)
-
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    return state
-
-
-def take_steps(state):
-    for batch in train.batches_left(state, 1000)[:2]:
-        assert batch.device == CUDA
-        train.training_step(state, on_gpu(1000, 1, 28, 28, dtype=torch.uint8)[batch],
-                            on_gpu(1000, dtype=torch.int64)[batch], 10)
+def test_a_captured_step_is_the_eager_one_bit_for_bit(mnist, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    images, labels = (values.to(CUDA) for values in mnist[True])
+    captured, eager = (train.State(train.Settings(batch_size=64), CUDA) for _ in range(2))
+    eager.replay = functools.partial(train.update, eager)
+    for state in (captured, eager):
+        for batch in train.batches_left(state, len(images))[:50]:
+            train.training_step(state, images[batch], labels[batch], 60)
+    assert captured.replay is not None and captured.total_loss.equal(eager.total_loss)
+    for name in ("model", "average"):
+        ours, theirs = (getattr(state, name).state_dict() for state in (captured, eager))
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-def test_training_stays_on_the_gpu(state):
-    take_steps(state)
-    kept = [*state.model.parameters(), *state.average.parameters(), *state.muon.buffers,
-            state.total_loss, state.muon.rate, state.decay]
-    assert state.step == 2 and all(tensor.device == CUDA for tensor in kept)
+def test_the_loss_and_its_gradients_are_those_of_a_cpu(mnist):
+    torch.manual_seed(0)
+    model, settings = train.SimpleUnet(), train.Settings()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape)  # random also where training starts from zeros
+    images, labels = (values[:200] for values in mnist[True])
+    t, noise = torch.arange(200) * 5, torch.randn(images.shape)
+    losses, gradients = [], []
+    for device in (CUDA, CPU):
+        model.to(device).zero_grad()
+        values = (value.to(device) for value in (images / 127.5 - 1, t, noise, labels))
+        loss = train.training_loss(model, *values, model.alphas_cumprod, settings)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[1].norm()
 
 
-def test_a_loaded_state_trains_on(state):
-    take_steps(state)
-    saved = copy.deepcopy(state.adamw.state_dict())
-    state.adamw.load_state_dict(saved)
-    for buffer in state.muon.buffers:
-        buffer.copy_(torch.zeros_like(buffer))
-    take_steps(state)
-    assert state.adamw.param_groups[0]["lr"].device == CUDA
-    assert all(value.device == CUDA for values in state.adamw.state.values()
-               for value in values.values())
-
-
-@pytest.fixture
-def model():
-    return train.SimpleUnet().eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("guidance", [1, 2])
-@pytest.mark.parametrize("sampler", generate.SAMPLERS)
-def test_sampling_runs_on_the_gpu(sampler, guidance, model):
-    with torch.device("cpu"):
-        labels = torch.zeros(130, dtype=torch.int64)
-    frames = generate.sample(model, labels, sampler, steps=3, guidance=guidance, n_frames=3)
-    assert frames.shape == (3, 130, 1, 28, 28) and frames.device.type == "cpu"
-
-
-def test_metrics_run_on_the_gpu(model):
-    images, labels = on_gpu(2000, 1, 28, 28, dtype=torch.uint8), on_gpu(2000, dtype=torch.int64)
-    made = test.describe(images, test.Classifier().eval(), model, test.mnist_pixels(images))
-    assert all(values.device == CUDA for values in made)
-    thresholds = on_gpu(10)
-    assert test.closest_pairs(images, made, images, thresholds).device == CUDA
-    assert test.spread_labels(labels, 2000).device == CUDA
-    (made.distances < thresholds[made.digits]) & (made.digits == labels)
-    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-        test.share_inside(made.features, made.features)  # up to its result, a Python number
-    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-        test.noise_mse(model, images, labels)
-
-
-# ---- what is left on the CPU is found ----
-def test_a_label_left_on_the_cpu_is_found_in_training(state):
-    with torch.device("cpu"):
-        labels = torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="device"):
-        train.training_step(state, on_gpu(8, 1, 28, 28, dtype=torch.uint8), labels, 10)
-
-
-def test_a_schedule_left_on_the_cpu_is_found_in_training(state):
-    with torch.device("cpu"):
-        state.model.alphas_cumprod = torch.ones(1000, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="device"):
-        take_steps(state)
-
-
-def test_fresh_noise_left_on_the_cpu_is_found_in_sampling(model, monkeypatch):
-    def draw_next(x_t, x_0, a, a_next, rng, eta):
-        return x_0 + torch.randn(x_t.shape, device="cpu")
-
-    monkeypatch.setattr(generate, "draw_next", draw_next)
-    with pytest.raises(RuntimeError, match="device"):
-        generate.sample(model, on_gpu(5, dtype=torch.int64), steps=3)
-
-
-def test_pixels_left_on_the_cpu_are_found_in_the_metrics(model):
-    images = on_gpu(100, 1, 28, 28, dtype=torch.uint8)
-    with torch.device("cpu"):
-        train_pixels = torch.zeros(100, 784)
-    with pytest.raises(RuntimeError, match="device"):
-        test.describe(images, test.Classifier().eval(), model, train_pixels)
+def test_the_error_on_test_images_is_that_of_a_cpu(mnist):
+    images, labels = (values[:1000] for values in mnist[False])
+    errors = []
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        for device in (CPU, CUDA):
+            model, _ = generate.load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth", device)
+            errors.append(test.noise_mse(model, images.to(device), labels.to(device)))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)

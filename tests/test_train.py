@@ -356,15 +356,6 @@ def test_the_width_of_the_network(tmp_path, small_mnist):
     run_small(tmp_path, "--n_epochs", 2, "--resume")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_gpu_trains_resumes_generates_and_evaluates(tmp_path, small_mnist):
-    run_small(tmp_path, "--n_epochs", 1, "--device", "cuda")
-    run_small(tmp_path, "--resume", "--n_epochs", 2, "--device", "cuda")
-    generate.main(["--root", str(tmp_path), "--device", "cuda"])
-    test.main(["--root", str(tmp_path), "--device", "cuda", "--n_samples", "2000"])
-    assert [row["epoch"] for row in read_csv(tmp_path / "datas/metrics.csv")] == ["real", "2"]
-
-
 # ---- stopping and resuming ----
 def stop_at(step, number):
     """Return a training_step that sends this process a signal before it does the run's n-th."""
@@ -489,6 +480,13 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
     assert train.start_processes("cuda") == torch.device("cuda:1")
     assert asked == ["cuda:1", "group"]
     assert train.start_processes("cpu") == CPU
+
+
+@pytest.mark.parametrize("device, chosen", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_single_process_takes_the_gpu_it_is_told(device, chosen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    assert train.start_processes(device) == torch.device(chosen) and asked == [chosen]
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(small_repository):
