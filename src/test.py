@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from common import (REPOSITORY, InputError, bounded, generator, has_bf16, load_tensors, make_parser,
                     reading, refuse_contradictions, replacing, save_tensors, write_csv)
-from generate import add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint, sample
+from generate import (SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint,
+                      sample)
 from train import NULL_LABEL, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
@@ -223,7 +224,7 @@ def pick_images(images, labels, wanted):
 
 
 @torch.inference_mode()
-def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
+def evaluate(paths, device, n_samples, seeds, steps, datas, batch_size=256):
     """Yield one list of rows for real digits, then one for each checkpoint, a row for each seed.
 
     Writes datas/metrics_closest_{epoch}.png. The latent space is that of the last checkpoint.
@@ -238,7 +239,7 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
     real = describe(test_images, *judges)
     thresholds = copy_thresholds(real, test_labels)
     labels = spread_labels(test_labels, n_samples)
-    conditions = dict(n_samples=n_samples, latent_epoch=last["epoch"])
+    conditions = dict(n_samples=n_samples, steps=steps, latent_epoch=last["epoch"])
 
     floor = describe(pick_images(train_images, train_labels, labels), *judges)
     values = scores(floor, labels, real, thresholds)
@@ -249,7 +250,7 @@ def evaluate(paths, device, n_samples, seeds, datas, batch_size=256):
         mse = noise_mse(model, test_images, test_labels, batch_size)
         rows = []
         for seed in seeds:
-            images = sample(model, labels, seed=seed)[-1].to(device)
+            images = sample(model, labels, steps=steps, seed=seed)[-1].to(device)
             made = describe(images, *judges)
             rows.append(dict(epoch=checkpoint["epoch"], seed=seed, mse=mse,
                              **scores(made, labels, real, thresholds), **conditions))
@@ -320,6 +321,7 @@ def evaluation_parser():
     add("image_size", "refuse checkpoints of another size", type=int)
     add("time_steps", "refuse checkpoints of another T", type=int)
     add("n_samples", "digits to generate", 10_000, type=bounded(int, 2000, 50_000))
+    add("steps", "network evaluations for a digit", SAMPLERS["dpm"][1], type=bounded(int, 1))
     add("seed", "of all random numbers", 0, type=bounded(int, 0))
     add("seeds", "times to generate them, from --seed on", 1, type=bounded(int, 1, 100))
     parser.add_argument("--train_classifier", action="store_true",
@@ -336,15 +338,20 @@ def main(argv=None):
     paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
     last_config = load_checkpoint(paths[-1])[0].config
     refuse_contradictions(args, last_config, paths[-1])
+    if args.steps > last_config["time_steps"]:
+        raise InputError(f"--steps {args.steps} is more than the {last_config['time_steps']} time "
+                         f"steps of {paths[-1]}")
     for path in paths:
         if load_checkpoint(path)[0].config != last_config:
             raise InputError(f"{path} is of another form than {paths[-1]}: evaluate it apart, by "
                              "--checkpoint_path")
-    print(f"{args.n_samples:,} digits; seeds: {args.seeds}; latent space: {paths[-1]}\n{HEAD}")
+    print(f"{args.n_samples:,} digits in {args.steps} steps; seeds: {args.seeds}; "
+          f"latent space: {paths[-1]}\n{HEAD}")
     seeds = range(args.seed, args.seed + args.seeds)
     evaluations = []
     with replacing(datas / "metrics.png") as file:  # open before the work, written after it
-        for rows in evaluate(paths, device, args.n_samples, seeds, datas, args.batch_size):
+        for rows in evaluate(paths, device, args.n_samples, seeds, args.steps, datas,
+                             args.batch_size):
             evaluations.append(rows)
             print_rows(rows)
             if len(evaluations) > 1:  # real digits alone must not replace an earlier result

@@ -5,6 +5,7 @@
 
 The way of an image: archive, uint8 tensor, x_0, x_t, eps, loss, step. After it: runs and files.
 """
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -108,7 +109,7 @@ def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
 def normalize(x):
     """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group."""
     x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory: there F.group_norm is slow
-    with torch.autocast(x.device.type, enabled=False):  # on a GPU it would give float32
+    with torch.autocast(x.device.type, enabled=False):  # which on a GPU makes this float32
         return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
 
@@ -249,6 +250,7 @@ class Muon:
     """Momentum, orthogonalized (Jordan et al. 2024): all directions of a kernel learn equally fast.
 
     Kernels (out, in, k, k) are matrices (out, in * k * k), of one shape in one stack, in float32.
+    On a GPU, which one stack does not fill, each has a stream of its own.
     """
 
     def __init__(self, kernels, momentum):
@@ -261,23 +263,20 @@ class Muon:
         self.rate = torch.zeros((), device=self.buffers[0].device)
         self.streams = [torch.cuda.Stream() if self.rate.is_cuda else None for _ in self.stacks]
 
-    def move(self, stack, buffer):
-        gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
-        buffer.lerp_(gradients, 1 - self.momentum)
-        updates = orthogonalize(gradients.lerp(buffer, self.momentum))  # Nesterov's momentum
-        _, rows, columns = updates.shape
-        updates *= self.rate * max(1, rows / columns) ** 0.5
-        for kernel, update in zip(stack, updates, strict=True):
-            kernel -= update.view_as(kernel)
-
     @torch.no_grad()
     def step(self):
-        """Move all kernels. On a GPU, which one stack does not fill, the stacks go side by side."""
         for stack, buffer, stream in zip(self.stacks, self.buffers, self.streams, strict=True):
             if stream:
                 stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.move(stack, buffer)
+            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+                gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
+                buffer.lerp_(gradients, 1 - self.momentum)
+                # Nesterov's momentum
+                updates = orthogonalize(gradients.lerp(buffer, self.momentum))
+                _, rows, columns = updates.shape
+                updates *= self.rate * max(1, rows / columns) ** 0.5
+                for kernel, update in zip(stack, updates, strict=True):
+                    kernel -= update.view_as(kernel)
         for stream in filter(None, self.streams):
             torch.cuda.current_stream().wait_stream(stream)
 
@@ -307,7 +306,7 @@ class State:
                                        capturable=True)
         self.decay = torch.zeros((), device=device)  # of the average
         self.rng = torch.Generator(device)
-        self.replay = None  # on a GPU, from the second step on: see capture
+        self.replay = None  # on one GPU, from the second step on: see capture
         self.step = 0  # steps taken
         self.total_loss = torch.zeros((), device=device)  # of the epoch so far
         self.seconds = 0.0  # that the epoch has taken so far
@@ -324,8 +323,8 @@ def update_average(averages, weights, decay):
 def update(state, images, labels):
     """Move the weights and their average.
 
-    What varies from step to step is in tensors and the generator, and nothing is read back, so
-    that a GPU need not be waited for.
+    What varies from step to step is in tensors and the generator, and nothing is read back: a GPU
+    is not waited for, and can replay the step.
     """
     settings, rng, model = state.settings, state.rng, state.model
     x_0 = images / 127.5 - 1
@@ -346,10 +345,9 @@ def update(state, images, labels):
 
 
 def capture(state, images, labels):
-    """Return update(state, images, labels), for batches of this size, as one CUDA graph.
+    """Record update as a CUDA graph, without running it; return a function that replays it.
 
-    A GPU waits longer for the thousand kernels of a step, launched one by one, than it runs them.
-    Capturing computes nothing.
+    To launch the thousand kernels of a step one by one takes longer than to run them.
     """
     images, labels = images.clone(), labels.clone()  # what the graph reads
     graph = torch.cuda.CUDAGraph()
@@ -376,6 +374,7 @@ def training_step(state, images, labels, total_steps):
         state.replay(images, labels)
     else:
         update(state, images, labels)
+        # the first step made what a capture may not: AdamW's state, say
         if state.rng.device.type == "cuda" and state.processes == 1:
             state.replay = capture(state, images, labels)
     state.step += 1
@@ -454,9 +453,10 @@ def end_epoch(state, n_images, start, root):
     state.total_loss.zero_()
     state.seconds = 0.0
     if state.rank == 0 and (epoch % settings.save_every == 0 or epoch == settings.n_epochs):
+        # on the CPU, so that torch.load needs no GPU
+        weights = {name: values.cpu() for name, values in state.average.state_dict().items()}
         save_tensors(root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
-            epoch=epoch, model_state_dict=state.average.state_dict(), loss=loss,
-            config=state.model.config))
+            epoch=epoch, model_state_dict=weights, loss=loss, config=state.model.config))
 
 
 def train(state, images, labels, root, signals):
@@ -533,7 +533,10 @@ def start_state(args, device):
 
 
 def start_processes(device):
-    """Join the processes that torchrun has started, if it has. Return this process's device."""
+    """Join the processes that torchrun has started, if it has. Return this process's device.
+
+    A GPU becomes the current one, to which streams and graphs belong.
+    """
     launched = dist.is_torchelastic_launched()
     if device != "cpu":
         number = dist.get_node_local_rank() if launched else torch.device(device).index or 0

@@ -284,7 +284,7 @@ def adamw_alone(state):
     """Give Muon's kernels to AdamW."""
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
     state.adamw.add_param_group(dict(params=kernels))
-    state.muon.stacks, state.muon.buffers = [], []
+    state.muon.stacks, state.muon.buffers, state.muon.streams = [], [], []
 
 
 @torch.no_grad()

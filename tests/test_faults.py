@@ -81,10 +81,12 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
     assert str(small_model.config[name[2:]]) in message
 
 
-def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
+@pytest.mark.parametrize("main, folder", [
+    (generate.main, "generated_samples"), (test.main, "datas")])
+def test_more_steps_than_the_model_has(main, folder, small_model, tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
-    assert "1000" in error_of(generate.main, ["--root", str(tmp_path), "--steps", "1001"], capsys)
-    assert not list(tmp_path.glob("generated_samples/*"))
+    assert "1000" in error_of(main, ["--root", str(tmp_path), "--steps", "1001"], capsys)
+    assert not list(tmp_path.glob(f"{folder}/*"))
 
 
 # ---- checkpoints and states ----

@@ -20,6 +20,8 @@ def run(root, *flags):
 
 def test_a_gpu_trains_generates_and_evaluates(tmp_path, small_mnist):
     run(tmp_path, "--n_epochs", 2)
+    checkpoint = torch.load(tmp_path / "checkpoints/diffusion_epoch_2.pth", weights_only=True)
+    assert {values.device for values in checkpoint["model_state_dict"].values()} == {CPU}
     generate.main(["--root", str(tmp_path)])
     test.main(["--root", str(tmp_path), "--n_samples", "2000"])
     assert [row["epoch"] for row in read_csv(tmp_path / "datas/metrics.csv")] == ["real", "2"]

@@ -315,13 +315,13 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
     """(run, sampled, rows) for three checkpoints under tmp_path, at epochs 10, 20 and 30.
 
     run(*flags) is 'python src/test.py' with a random classifier and few images; the digits are
-    training images, others for each seed. sampled: (epoch, seed) of all sampling so far. rows()
-    reads metrics.csv.
+    training images, others for each seed. sampled: (epoch, seed, steps) of all sampling so far.
+    rows() reads metrics.csv.
     """
     sampled = []
 
-    def sample(model, labels, seed):
-        sampled.append((round(model.conv_out.bias[0].item()), seed))
+    def sample(model, labels, steps, seed):
+        sampled.append((round(model.conv_out.bias[0].item()), seed, steps))
         order = torch.randperm(3000, generator=generator(CPU, "samples", seed))
         return mnist[True][0][order[:len(labels)]][None]
 
@@ -341,9 +341,10 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
 def test_every_checkpoint_has_a_row(evaluation, tmp_path):
     run, sampled, rows = evaluation
     run()
-    assert sampled == [(10, 0), (20, 0), (30, 0)]
+    assert sampled == [(10, 0, 12), (20, 0, 12), (30, 0, 12)]
     assert [row["epoch"] for row in rows()] == ["real", "10", "20", "30"]
-    assert list(rows()[0]) == ["epoch", "seed", *test.METRICS, "n_samples", "latent_epoch"]
+    assert list(rows()[0]) == ["epoch", "seed", *test.METRICS, "n_samples", "steps",
+                              "latent_epoch"]
     assert {row["latent_epoch"] for row in rows()} == {"30"}
     assert len({row["mse"] for row in rows()[1:]}) == 3
     for name in ("metrics", "metrics_closest_10", "metrics_closest_20", "metrics_closest_30"):
@@ -375,15 +376,16 @@ def test_printed_table_says_what_the_csv_says(evaluation, capsys):
 def test_which_checkpoints_are_taken(evaluation, flags, epochs):
     run, sampled, rows = evaluation
     run(*flags)
-    assert [epoch for epoch, _ in sampled] == epochs
+    assert [epoch for epoch, *_ in sampled] == epochs
     assert {row["latent_epoch"] for row in rows()} == {str(epochs[-1])}
 
 
 def test_every_seed_has_a_row(evaluation, capsys):
     run, sampled, rows = evaluation
-    run("--epochs", "10", "--seed", "5", "--seeds", "3")
-    assert sampled == [(10, 5), (10, 6), (10, 7)]
+    run("--epochs", "10", "--seed", "5", "--seeds", "3", "--steps", "3")
+    assert sampled == [(10, 5, 3), (10, 6, 3), (10, 7, 3)]
     assert [row["seed"] for row in rows()] == ["", "5", "6", "7"]
+    assert {row["steps"] for row in rows()} == {"3"}
     assert len({row["fid_classifier"] for row in rows()}) == 4
 
 
@@ -392,10 +394,10 @@ def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
     sample = test.sample
 
     def stop_at(epoch):
-        def stopping_sample(model, labels, seed):
+        def stopping_sample(model, labels, steps, seed):
             if model.conv_out.bias[0] == epoch:
                 raise KeyboardInterrupt
-            return sample(model, labels, seed)
+            return sample(model, labels, steps, seed)
         monkeypatch.setattr(test, "sample", stopping_sample)
         with pytest.raises(KeyboardInterrupt):
             run()
