@@ -374,7 +374,7 @@ def training_step(state, images, labels, total_steps):
         state.replay(images, labels)
     else:
         update(state, images, labels)
-        # the first step made what a capture may not: AdamW's state, say
+        # after a first step, which makes what a capture cannot: AdamW's state, for one
         if state.rng.device.type == "cuda" and state.processes == 1:
             state.replay = capture(state, images, labels)
     state.step += 1
