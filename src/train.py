@@ -109,7 +109,7 @@ def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
 def normalize(x):
     """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group."""
     x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory: there F.group_norm is slow
-    with torch.autocast(x.device.type, enabled=False):  # which on a GPU makes this float32
+    with torch.autocast(x.device.type, enabled=False):  # which on a GPU would cast to float32
         return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
 
@@ -250,7 +250,7 @@ class Muon:
     """Momentum, orthogonalized (Jordan et al. 2024): all directions of a kernel learn equally fast.
 
     Kernels (out, in, k, k) are matrices (out, in * k * k), of one shape in one stack, in float32.
-    On a GPU, which one stack does not fill, each has a stream of its own.
+    On a GPU each stack has its own stream: one alone does not fill it.
     """
 
     def __init__(self, kernels, momentum):
@@ -347,7 +347,7 @@ def update(state, images, labels):
 def capture(state, images, labels):
     """Record update as a CUDA graph, without running it; return a function that replays it.
 
-    To launch the thousand kernels of a step one by one takes longer than to run them.
+    Most of the thousand kernels of a step run for less time than it takes to launch them.
     """
     images, labels = images.clone(), labels.clone()  # what the graph reads
     graph = torch.cuda.CUDAGraph()

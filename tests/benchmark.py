@@ -352,7 +352,7 @@ def main(argv=None):
     add("checkpoint_path", "to sample", REPOSITORY / "checkpoints/pretrained.pth", type=Path)
     add("batch_size", "images in a training step", 128, type=bounded(int, 1, 2000))
     add("n_epochs", "of each of the recipe's rows", 2, type=bounded(int, 1))
-    add("steps", "the samplers' columns", [5, 10, 20, 50, 1000], type=bounded(int, 1), nargs="+")
+    add("steps", "the samplers' columns", [5, 12, 20, 50, 1000], type=bounded(int, 1), nargs="+")
     add("n_samples", "digits to judge", 10_000, type=bounded(int, 2000, 50_000))
     add("seeds", "repetitions", 3, type=bounded(int, 1, 100))
     args = parser.parse_args(argv)
