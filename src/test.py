@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common import (REPOSITORY, InputError, bounded, generator, has_bf16, load_tensors, make_parser,
                     reading, refuse_contradictions, replacing, save_tensors, write_csv)
-from generate import (SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints, load_checkpoint,
-                      sample)
+from generate import (SAMPLERS, add_checkpoint_flags, check_settings, draw_grid, find_checkpoints,
+                      load_checkpoint, sample)
 from train import NULL_LABEL, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
@@ -228,6 +228,7 @@ def evaluate(paths, device, n_samples, seeds, steps, datas, batch_size=256):
     """Yield one list of rows for real digits, then one for each checkpoint, a row for each seed.
 
     Writes datas/metrics_closest_{epoch}.png. The latent space is that of the last checkpoint.
+    Raises InputError for more steps than its time steps.
     """
     torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
     classifier = load_classifier(device)
@@ -235,6 +236,7 @@ def evaluate(paths, device, n_samples, seeds, steps, datas, batch_size=256):
     size, channels = latent_model.config["image_size"], latent_model.config["channels"]
     train_images, train_labels = load_mnist(True, size, channels, device)
     test_images, test_labels = load_mnist(False, size, channels, device)
+    check_settings(latent_model, test_labels, "dpm", steps)
     judges = classifier, latent_model, mnist_pixels(train_images)
     real = describe(test_images, *judges)
     thresholds = copy_thresholds(real, test_labels)
@@ -338,9 +340,6 @@ def main(argv=None):
     paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
     last_config = load_checkpoint(paths[-1])[0].config
     refuse_contradictions(args, last_config, paths[-1])
-    if args.steps > last_config["time_steps"]:
-        raise InputError(f"--steps {args.steps} is more than the {last_config['time_steps']} time "
-                         f"steps of {paths[-1]}")
     for path in paths:
         if load_checkpoint(path)[0].config != last_config:
             raise InputError(f"{path} is of another form than {paths[-1]}: evaluate it apart, by "
