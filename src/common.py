@@ -2,9 +2,10 @@
 import argparse
 import contextlib
 import csv
-import functools
 import io
 import os
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,22 +16,46 @@ REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released we
 
 
 # ---- errors ----
-class InputError(SystemExit):
-    """Bad input from outside, a flag or a file: it ends a script with this one line on stderr."""
+class InputError(Exception):
+    """Bad input from outside, a flag or a file. Its text is one line: what is wrong, what to do."""
+
+
+def run_script(main):
+    """Call a script's main() and end the process with the exit code that it returns.
+
+    Here, and nowhere else, bad input becomes one line on stderr and an exit code.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except InputError as error:
+        sys.exit(str(error))
+    except BrokenPipeError:  # the program that reads our output, "head" for one, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
-def reading(path, advice):
-    """Raise InputError, naming the path and what to do, where the block cannot use its content."""
+def blaming(path, advice):
+    """Turn any error in the block into an InputError that names the path and what to do.
+
+    A damaged or foreign file can raise nearly anything. So nothing belongs into the block that can
+    fail for another reason than the file's content.
+    """
     try:
         yield
-    except (Exception, InputError) as error:  # damaged and foreign files raise nearly anything
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): {advice}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} does not exist: {advice}") from error
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {text}): "
+                         f"{advice}") from error
 
 
 # ---- devices and random numbers ----
 def has_bf16(device):
-    """Whether the device computes in bfloat16. Most CPUs only emulate it, slowly."""
+    """Return whether the device computes in bfloat16. Most CPUs only emulate it, slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu.get_capabilities()
@@ -42,53 +67,83 @@ PURPOSES = ["order", "step", "samples", "evaluation"]
 
 
 def seed_for(purpose, seed, *numbers):
-    """Return a seed of 64 bits for one purpose: say, for step n of the run with this seed."""
+    """Return a seed of 64 bits for one purpose: say, for step n of the run with this seed.
+
+    Whatever needs random numbers derives them so, from what it is and not from what was drawn
+    before it. That is why a resumed run draws what an uninterrupted one would have drawn.
+    """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()
 
 
 def generator(device, *key):
-    """Return a torch.Generator whose draws depend on seed_for's key and the kind of device."""
+    """Return a torch.Generator on the device, seeded by seed_for(*key).
+
+    Its draws depend on the key and on the kind of device: a GPU draws other numbers than a CPU.
+    """
     return torch.Generator(device).manual_seed(seed_for(*key))
 
 
 # ---- files ----
 @contextlib.contextmanager
-def replacing(path, mode="wb"):
-    """Open a file that takes path's place once it is whole: readers see the old one or the new.
-
-    Raises InputError, with the old file as it was, where it cannot be written: on a full disk, say.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+def writing(path):
+    """Turn an OSError in the block, which writes path, into an InputError: a full disk, say."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
                          "another place; what it held is kept") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+def prepare_folder(folder):
+    """Make the folder, and raise InputError if no file can be made in it.
+
+    A script calls this before its work, so that the work is not lost for want of a place.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb"):
+    """Open a file that takes path's place once it is whole.
+
+    Whoever reads path, at whatever moment, finds the old content or the new. Raises InputError,
+    with the old file as it was, where path cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path, content):
     """Write plain types and tensors, as torch.save does."""
-    buffer = io.BytesIO()  # in memory first: torch.save itself does not say that a disk is full
+    # into memory first, because torch.save itself does not say that a disk is full
+    buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
 
 
-def load_tensors(path, device="cpu"):
-    """Return what save_tensors wrote. Nothing in the file is executed; damage raises anything."""
+def load_tensors(path):
+    """Return what save_tensors wrote, on the CPU. Nothing in the file is executed.
+
+    Raises whatever a missing, damaged or foreign file leads to: see blaming.
+    """
     with zipfile.ZipFile(path) as file:
-        if file.testzip():  # the check sums, at which torch.load does not look
-            raise ValueError("damaged")
-    return torch.load(path, map_location=device, weights_only=True)
+        # torch.load does not look at the check sums: a flipped bit would be taken for a weight
+        if file.testzip():
+            raise ValueError("a check sum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_csv(path, rows):
@@ -101,42 +156,46 @@ def write_csv(path, rows):
 
 def epoch_checkpoints(root):
     """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, by rising N."""
-    found = root.glob("checkpoints/diffusion_epoch_*.pth")
-    paths = {path.stem.removeprefix("diffusion_epoch_"): path for path in found}
-    return {int(n): paths[n] for n in sorted(filter(str.isdecimal, paths), key=int)}
+    found = {}
+    for path in root.glob("checkpoints/diffusion_epoch_*.pth"):
+        epoch = path.stem.removeprefix("diffusion_epoch_")
+        if epoch.isdecimal():
+            found[int(epoch)] = path
+    return dict(sorted(found.items()))
 
 
 # ---- flags ----
-def bounded(kind, minimum, maximum=10**9):
-    """Return an argparse type: an int or a float, as kind says, from minimum to maximum."""
-    def number(text):  # argparse calls what fails to convert an "invalid number value"
-        value = kind(text)
+def bounded(convert, minimum, maximum=10**9):
+    """Return an argparse type: what convert, int or float, makes of a text, within the bounds."""
+    def number(text):  # a text that cannot be converted is an "invalid number value" to argparse
+        value = convert(text)
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")
         return value
     return number
 
 
+def add_flag(parser, name, text, default=None, **options):
+    """Add the flag --name. Its help is the text and, where there is one, the default."""
+    if default is not None:
+        text = f"{text} (default: {default})"
+    parser.add_argument(f"--{name}", help=text, default=default, **options)
+
+
 def make_parser(description):
-    """Return (parser, add): a parser with the flags that all scripts share, and its add_flag."""
+    """Return a parser with the flags that all scripts have: --root and --device."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
-                                     usage=argparse.SUPPRESS)  # errors take one line
-    add = functools.partial(add_flag, parser)
+                                     usage=argparse.SUPPRESS)  # so that errors take one line
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
-    add("root", "folder of checkpoints, generated_samples and datas", Path(), type=Path)
-    add("device", "where to compute", devices[0], choices=devices)
-    return parser, add
-
-
-def add_flag(parser, name, text, default=None, **kind):
-    """Add the flag --name. Its help is the text and, where there is one, the default."""
-    shown = "" if default is None else f" (default: {default})"
-    parser.add_argument(f"--{name}", help=text + shown, default=default, **kind)
+    add_flag(parser, "root", "folder of checkpoints, generated_samples and datas", Path(),
+             type=Path)
+    add_flag(parser, "device", "where to compute", devices[0], choices=devices)
+    return parser
 
 
 def refuse_contradictions(args, config, path):
-    """Raise InputError for a flag that says otherwise than the config in the file."""
+    """Raise InputError for a flag that says otherwise than the config of the file at path."""
     for name, value in config.items():
         given = getattr(args, name, None)
         if given not in (None, value):

@@ -8,7 +8,9 @@ The samplers come first, then sampling in chunks, pictures and arrays, checkpoin
 """
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +19,10 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, add_flag, bounded, epoch_checkpoints, generator,
-                    has_bf16, load_tensors, make_parser, reading, refuse_contradictions, replacing)
+from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
+                    generator, has_bf16, load_tensors, make_parser, prepare_folder,
+                    refuse_contradictions, replacing, run_script)
 from train import NULL_LABEL, SimpleUnet, cumulative_alphas
-
-CHUNK = 100  # digits sampled together, always: digit i does not depend on how many are asked for
 
 
 # ---- samplers ----
@@ -37,9 +38,9 @@ def noise_levels(time_steps, steps):
     return list(zip(t, a, [*a[1:], 1.0], strict=True))
 
 
-def predict_x_0(eps, x_t, t, a, clip):
+def predict_x_0(eps, x_t, a, clip):
     """Return the clean image that the predicted noise implies (DDPM, eq. 15)."""
-    x_0 = (x_t - math.sqrt(1 - a) * eps(x_t, t)) / math.sqrt(a)
+    x_0 = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
     return x_0.clamp(-1, 1) if clip else x_0
 
 
@@ -51,32 +52,30 @@ def draw_next(x_t, x_0, a, a_next, rng, eta):
     return mean + sigma * torch.randn(x_t.shape, generator=rng, device=x_t.device)
 
 
-# All take (eps, x_t, levels, rng, eta, clip) and yield x_t after every step, the last one clean.
-# eps(x_t, t) predicts the noise in x_t at step t, an int; x_t: noise (B, C, H, W); levels: those of
-# noise_levels; rng draws fresh noise, eta times as much as DDPM's; clip keeps predicted images in
-# [-1, 1]. Coefficients are Python's floats, of 64 bits.
-
-def ddim(eps, x_t, levels, rng, eta, clip=True):
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12).
+def ddim(predict_noise, x_t, levels, rng, eta, clip=True):
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12): a Sampler's function.
 
     eta = 1, in all T steps: DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
     eta = 0: the solver of an ODE, without fresh noise.
     """
     for t, a, a_next in levels:
-        x_t = draw_next(x_t, predict_x_0(eps, x_t, t, a, clip), a, a_next, rng, eta)
+        x_0 = predict_x_0(predict_noise(x_t, t), x_t, a, clip)
+        x_t = draw_next(x_t, x_0, a, a_next, rng, eta)
         yield x_t
 
 
-def dpm(eps, x_t, levels, rng, eta, clip=True):
+def dpm(predict_noise, x_t, levels, rng, eta, clip=True):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of second order; eta = 1: its SDE variant.
 
-    The clean image is not taken as predicted at the step's start, but extrapolated from the last
-    two predictions to the step's middle, linearly in lambda = log(a / (1 - a)) / 2.
+    A Sampler's function. The clean image is not taken as predicted at the step's start, but
+    extrapolated from the last two predictions to the step's middle, linearly in
+    lambda = log(a / (1 - a)) / 2.
     """
     x_0_last = lambda_last = None
     for t, a, a_next in levels:
-        x_0 = target = predict_x_0(eps, x_t, t, a, clip)
+        x_0 = predict_x_0(predict_noise(x_t, t), x_t, a, clip)
         lambda_t = math.log(a / (1 - a)) / 2
+        target = x_0
         if x_0_last is not None and a_next < 1:  # the last step is infinitely long in lambda
             h = math.log(a_next / (1 - a_next)) / 2 - lambda_t
             target = x_0 + h / (2 * (lambda_t - lambda_last)) * (x_0 - x_0_last)
@@ -85,32 +84,46 @@ def dpm(eps, x_t, levels, rng, eta, clip=True):
         yield x_t
 
 
-SAMPLERS = {  # function; steps by default, None: T; eta by default
-    "dpm": (dpm, 12, 1.0),
-    "ddim": (ddim, 50, 0.0),
-    "ddpm": (ddim, None, 1.0),
-}
+class Sampler(NamedTuple):
+    """A way from noise to digits: its function, and what it does if nothing else is asked for.
+
+    function(predict_noise, x_t, levels, rng, eta, clip) yields x_t after every step, the last one
+    clean. predict_noise(x_t, t) returns eps for a step t, an int; x_t: noise (B, C, H, W); levels:
+    what noise_levels returns. rng draws fresh noise, eta times as much as DDPM's. clip keeps
+    predicted clean images in [-1, 1]. All coefficients are Python's floats, of 64 bits.
+    """
+    function: Callable
+    steps: int | None  # None: T
+    eta: float
+
+
+SAMPLERS = {"dpm": Sampler(dpm, 12, 1.0), "ddim": Sampler(ddim, 50, 0.0),
+            "ddpm": Sampler(ddim, None, 1.0)}
+DEFAULT_SAMPLER = "dpm"
 
 
 # ---- sampling ----
+CHUNK = 100  # digits that are sampled together
+
+
 def noise_predictor(model, labels, guidance):
-    """Return the function eps(x_t, t) that samplers ask for: the model's for the labels (B,).
+    """Return the function predict_noise(x_t, t) that samplers ask for: the model's for labels (B,).
 
     guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022). At 1 that is eps_label,
     and the network is not asked for eps_null.
     """
-    label_and_null = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+    both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
-    def predict(x_t, t, labels):
+    def ask_model(x_t, t, asked):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
-            return model(x_t, torch.full_like(labels, t), labels).float()
+            return model(x_t, torch.full_like(asked, t), asked).float()
 
-    def eps(x_t, t):
+    def predict_noise(x_t, t):
         if guidance == 1:
-            return predict(x_t, t, labels)
-        eps_label, eps_null = predict(x_t.repeat(2, 1, 1, 1), t, label_and_null).chunk(2)
+            return ask_model(x_t, t, labels)
+        eps_label, eps_null = ask_model(x_t.repeat(2, 1, 1, 1), t, both_labels).chunk(2)
         return eps_null + guidance * (eps_label - eps_null)
-    return eps
+    return predict_noise
 
 
 def check_settings(model, labels, sampler, steps):
@@ -125,29 +138,33 @@ def check_settings(model, labels, sampler, steps):
 
 
 @torch.no_grad()
-def sample(model, labels, sampler="dpm", steps=None, seed=0, guidance=1, eta=None, n_frames=1):
+def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=1, eta=None,
+           n_frames=1):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The frames show x_t after n_frames of the steps, or after all if there are fewer; the last is
-    the clean image. steps and eta are by default the sampler's, see SAMPLERS. On one machine image
-    i depends on i, the seed, labels[i] and these settings alone. Raises InputError as
-    check_settings does.
+    the clean image. steps and eta are by default the sampler's. On one machine image i depends on
+    i, the seed, labels[i] and these settings alone: every chunk of digits has random numbers of its
+    own, and the last one is filled up to the full size. Raises InputError as check_settings does.
     """
     check_settings(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
-    function, default_steps, default_eta = SAMPLERS[sampler]
-    steps = steps or min(default_steps or config["time_steps"], config["time_steps"])
-    eta = default_eta if eta is None else eta
+    chosen = SAMPLERS[sampler]
+    steps = steps or min(chosen.steps or config["time_steps"], config["time_steps"])
+    eta = chosen.eta if eta is None else eta
     levels = noise_levels(config["time_steps"], steps)
     framed = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
     shape = CHUNK, config["channels"], config["image_size"], config["image_size"]
-    chunks, images = labels.split(CHUNK), []
+    chunks = labels.split(CHUNK)
+    images = []
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
-            eps = noise_predictor(model, pad(chunk, (0, CHUNK - len(chunk))).to(device), guidance)
+            filled = pad(chunk, (0, CHUNK - len(chunk))).to(device)
+            predict_noise = noise_predictor(model, filled, guidance)
             rng = generator(device, "samples", seed, number)
-            noise, frames = torch.randn(shape, generator=rng, device=device), []
-            for step, x_t in enumerate(function(eps, noise, levels, rng, eta), 1):
+            noise = torch.randn(shape, generator=rng, device=device)
+            frames = []
+            for step, x_t in enumerate(chosen.function(predict_noise, noise, levels, rng, eta), 1):
                 if step in framed:
                     pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
                     frames.append(pixels.byte().cpu())
@@ -171,7 +188,9 @@ def grid_path(folder, epoch):
 
 def count_columns(n_samples, labels):
     """Return the grid's columns: one for each label given, or as many as rows."""
-    return math.ceil(math.sqrt(n_samples)) if labels is None or len(labels) < 2 else len(labels)
+    if labels is None or len(labels) < 2:
+        return math.ceil(math.sqrt(n_samples))
+    return len(labels)
 
 
 def draw_grid(images, columns):
@@ -180,20 +199,21 @@ def draw_grid(images, columns):
     return ImageOps.scale(grid, max(1, 800 // max(grid.size)), Image.Resampling.NEAREST)
 
 
-def write(file, form, frames, labels, columns):
-    """Write frames (F, N, C, H, W) uint8, the last one clean, as form says.
+def write_digits(path, frames, labels, columns):
+    """Write frames (F, N, C, H, W) uint8, the last one clean, in the form that path's suffix names.
 
     .png: the last frame's grid; .gif: the grids of all, resting at the last; .npz: arr_0, the last
     frame's images (N, H, W, C) uint8, and arr_1, the labels (N,) int64.
     """
-    if form == ".png":
-        draw_grid(frames[-1], columns).save(file, format="png")
-    elif form == ".gif":
-        first, *others = [draw_grid(images, columns).quantize(16) for images in frames]
-        first.save(file, format="gif", save_all=True, append_images=others, loop=0,
-                   duration=[120] * len(others) + [3000])  # ms
-    else:
-        np.savez_compressed(file, frames[-1].permute(0, 2, 3, 1).numpy(), labels.numpy())
+    with replacing(path) as file:
+        if path.suffix == ".png":
+            draw_grid(frames[-1], columns).save(file, format="png")
+        elif path.suffix == ".gif":
+            first, *others = [draw_grid(images, columns).quantize(16) for images in frames]
+            first.save(file, format="gif", save_all=True, append_images=others, loop=0,
+                       duration=[120] * len(others) + [3000])  # ms
+        else:
+            np.savez_compressed(file, frames[-1].permute(0, 2, 3, 1).numpy(), labels.numpy())
 
 
 # ---- checkpoints ----
@@ -202,7 +222,7 @@ def load_checkpoint(path, device="cpu"):
 
     Raises InputError where the file is missing, damaged or not of this program.
     """
-    with reading(path, "it must be a diffusion_epoch_{N}.pth of src/train.py"):
+    with blaming(path, "it must be a diffusion_epoch_{N}.pth of src/train.py"):
         checkpoint = load_tensors(path)
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -240,56 +260,61 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
         model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
         epoch = checkpoint["epoch"]
     chosen = choose_labels(n_samples, labels, seed)
-    with replacing(grid_path(save_dir, epoch)) as file:
-        frames = sample(model, chosen, seed=seed, **settings)
-        write(file, ".png", frames, chosen, count_columns(n_samples, labels))
+    frames = sample(model, chosen, seed=seed, **settings)
+    write_digits(grid_path(save_dir, epoch), frames, chosen, count_columns(n_samples, labels))
     return frames[-1]
 
 
 # ---- command line ----
-def add_checkpoint_flags(parser, add):
+def add_checkpoint_flags(parser):
     """Add the flags that say which checkpoints to read."""
     group = parser.add_mutually_exclusive_group()
     add_flag(group, "epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
     add_flag(group, "checkpoint_path", "take this checkpoint alone", type=Path)
-    add("channels", "refuse checkpoints of other channels", type=int)
+    add_flag(parser, "channels", "refuse checkpoints of other channels", type=int)
 
 
 def generation_parser():
-    steps = ", ".join(f"{name} {steps or 'T'}" for name, (_, steps, _) in SAMPLERS.items())
-    etas = ", ".join(f"{name} {eta:g}" for name, (_, _, eta) in SAMPLERS.items())
-    parser, add = make_parser(__doc__)
-    add_checkpoint_flags(parser, add)
-    add("n_samples", "digits to generate", 16, type=bounded(int, 1, 100_000))
-    add("labels", f"digits to cycle through; {NULL_LABEL}: any (default: drawn from the seed)",
-        type=int, nargs="+", choices=range(NULL_LABEL + 1), metavar="DIGIT")
-    add("sampler", "dpm is the fast one, ddpm the original", "dpm", choices=SAMPLERS)
-    add("steps", f"network evaluations for a digit (default: {steps})", type=bounded(int, 1))
-    add("eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
-    add("guidance", "pull towards the label; 1: as trained", 1, type=bounded(float, 0, 100))
-    add("seed", "of all random numbers", 0, type=bounded(int, 0))
-    add("out", "where the last checkpoint's go: .png grid, .gif its animation, .npz arrays "
-        "(default: grids of all, in generated_samples)", type=Path)
+    steps = ", ".join(f"{name} {sampler.steps or 'T'}" for name, sampler in SAMPLERS.items())
+    etas = ", ".join(f"{name} {sampler.eta:g}" for name, sampler in SAMPLERS.items())
+    parser = make_parser(__doc__)
+    add_checkpoint_flags(parser)
+    add_flag(parser, "n_samples", "digits to generate", 16, type=bounded(int, 1, 100_000))
+    add_flag(parser, "labels",
+             f"digits to cycle through; {NULL_LABEL}: any (default: drawn from the seed)",
+             type=int, nargs="+", choices=range(NULL_LABEL + 1), metavar="DIGIT")
+    add_flag(parser, "sampler", "dpm is the fast one, ddpm the original", DEFAULT_SAMPLER,
+             choices=SAMPLERS)
+    add_flag(parser, "steps", f"network evaluations for a digit (default: {steps})",
+             type=bounded(int, 1))
+    add_flag(parser, "eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
+    add_flag(parser, "guidance", "pull towards the label; 1: as trained", 1,
+             type=bounded(float, 0, 100))
+    add_flag(parser, "seed", "of all random numbers", 0, type=bounded(int, 0))
+    add_flag(parser, "out", "where the last checkpoint's go: .png grid, .gif its animation, .npz "
+             "arrays (default: grids of all, in generated_samples)", type=Path)
     return parser
 
 
 def main(argv=None):
+    """Generate as the flags say."""
     args = generation_parser().parse_args(argv)
     if args.out and args.out.suffix not in (".png", ".gif", ".npz"):
         raise InputError(f"--out {args.out} must end in .png, .gif or .npz")
     labels = choose_labels(args.n_samples, args.labels, args.seed)
     columns = count_columns(args.n_samples, args.labels)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
+    grids = args.root / "generated_samples"
+    prepare_folder(args.out.parent if args.out else grids)
     for path in paths[-1:] if args.out else paths:
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, model.config, path)
-        out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
-        with replacing(out) as file:
-            frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
-                            args.eta, n_frames=50 if out.suffix == ".gif" else 1)
-            write(file, out.suffix, frames, labels, columns)
+        out = args.out or grid_path(grids, checkpoint["epoch"])
+        frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
+                        args.eta, n_frames=50 if out.suffix == ".gif" else 1)
+        write_digits(out, frames, labels, columns)
         print(f"epoch {checkpoint['epoch']}: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

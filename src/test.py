@@ -17,15 +17,15 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, bounded, generator, has_bf16, load_tensors, make_parser,
-                    reading, refuse_contradictions, replacing, save_tensors, write_csv)
-from generate import (SAMPLERS, add_checkpoint_flags, check_settings, draw_grid, find_checkpoints,
-                      load_checkpoint, sample)
-from train import NULL_LABEL, forward_diffusion_sample, load_mnist
+from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generator, has_bf16,
+                    load_tensors, make_parser, prepare_folder, refuse_contradictions, replacing,
+                    run_script, save_tensors, write_csv)
+from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, check_settings, draw_grid,
+                      find_checkpoints, load_checkpoint, sample)
+from train import NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
-CHUNK = 1000  # images whose features are computed together
-METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
+PART = 1000  # images that are looked at together
 
 
 # ---- classifier ----
@@ -82,7 +82,7 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100):
 def load_classifier(device):
     """Return the Classifier, ready to predict. Raises InputError where it is missing or damaged."""
     classifier = Classifier()
-    with reading(CLASSIFIER, "make it anew by 'python src/test.py --train_classifier'"):
+    with blaming(CLASSIFIER, "make it anew by 'python src/test.py --train_classifier'"):
         classifier.load_state_dict(load_tensors(CLASSIFIER))
     return classifier.to(device).eval().requires_grad_(False)
 
@@ -93,13 +93,13 @@ def mnist_pixels(images):
 
     Channels are averaged; what is not of 28 x 28 pixels is resized with antialiasing.
     """
-    grey = [resize(few.float().mean(dim=1, keepdim=True), [28, 28]) for few in images.split(1000)]
+    grey = [resize(part.float().mean(dim=1, keepdim=True), [28, 28]) for part in images.split(PART)]
     return torch.cat(grey).flatten(1) / 127.5 - 1
 
 
 def classify(classifier, pixels):
     """Return the classifier's features (N, 128) of pixels (N, 784), and the digits it reads (N,)"""
-    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(CHUNK)]
+    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(PART)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
 
@@ -111,7 +111,7 @@ def latent_features(model, images):
     """
     t = torch.zeros(1, dtype=torch.int64, device=images.device)
     emb = model.embed(t, t + NULL_LABEL)
-    parts = [model.encode(part / 127.5 - 1, emb)[0] for part in images.split(CHUNK)]
+    parts = [model.encode(part / 127.5 - 1, emb)[0] for part in images.split(PART)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
@@ -134,7 +134,7 @@ def frechet_distance(a, b):
 
 def kth_nearest(points, others, k=1):
     """Return (distances, indices), each (N,): points' (N, D) k-th nearest of others (M, D)."""
-    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(CHUNK)]
+    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(PART)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
 
@@ -147,7 +147,7 @@ def share_inside(points, centres, k=3):
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
-    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(CHUNK)]
+    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(PART)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -160,10 +160,11 @@ def noise_mse(model, images, labels, batch_size=256):
     rng = generator("cpu", "evaluation", 0)
     t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
     noise = torch.randn(images.shape, generator=rng).to(images.device)
+    alphas_cumprod = cumulative_alphas(model.config["time_steps"]).to(images.device)
     batches = [values.split(batch_size) for values in (images, t.to(images.device), noise, labels)]
     total = 0.0
     for images_b, t_b, noise_b, labels_b in zip(*batches, strict=True):
-        x_t = forward_diffusion_sample(images_b / 127.5 - 1, t_b, noise_b, model.alphas_cumprod)
+        x_t = forward_diffusion_sample(images_b / 127.5 - 1, t_b, noise_b, alphas_cumprod)
         errors = (model(x_t, t_b, labels_b) - noise_b).square().mean(dim=(1, 2, 3))
         total += errors.double().sum().item()
     return total / len(images)
@@ -179,36 +180,44 @@ class Described(NamedTuple):
     nearest: torch.Tensor  # (N,), its index
 
 
-def describe(images, classifier, latent_model, train_pixels):
-    """Return the Described of images (N, C, H, W) uint8."""
-    pixels = mnist_pixels(images)
-    return Described(*classify(classifier, pixels), latent_features(latent_model, images),
-                     *kth_nearest(pixels, train_pixels))
+class Judge:
+    """Compares digits with MNIST's test images, and looks for copies of its training images.
 
-
-def copy_thresholds(real, labels):
-    """Return for each digit (10,) the distance below which 1 % of real images lie."""
-    return torch.stack([real.distances[labels == digit].quantile(0.01) for digit in range(10)])
-
-
-def scores(made, labels, real, thresholds):
-    """Return the metrics of digits made for labels (N,). made, real: Described; real: test images.
-
-    A copy is a digit nearer to a training image than the threshold of the digit it is read as.
+    train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
+    an image nearer to a training image than 99 % of the test images of the same digit are. Each
+    digit has its own threshold, because ones lie much nearer to each other than eights.
     """
-    return dict(
-        fid_latent=frechet_distance(made.latents, real.latents),
-        fid_classifier=frechet_distance(made.features, real.features),
-        precision=share_inside(made.features, real.features),
-        recall=share_inside(real.features, made.features),
-        accuracy=(made.digits == labels).double().mean().item(),
-        copies=(made.distances < thresholds[made.digits]).double().mean().item())
 
+    def __init__(self, classifier, latent_model, train, test):
+        self.classifier, self.latent_model = classifier, latent_model
+        self.train_images, self.train_labels = train
+        self.test_images, self.test_labels = test
+        self.train_pixels = mnist_pixels(self.train_images)
+        self.real = self.describe(self.test_images)
+        self.thresholds = torch.stack([
+            self.real.distances[self.test_labels == digit].quantile(0.01) for digit in range(10)])
 
-def closest_pairs(images, made, train_images, thresholds):
-    """Return the ten images that are most like copies, followed by their training images."""
-    closest = (made.distances / thresholds[made.digits]).argsort()[:10]
-    return torch.cat([images[closest], train_images[made.nearest[closest]]])
+    def describe(self, images):
+        """Return the Described of images (N, C, H, W) uint8."""
+        pixels = mnist_pixels(images)
+        return Described(*classify(self.classifier, pixels),
+                         latent_features(self.latent_model, images),
+                         *kth_nearest(pixels, self.train_pixels))
+
+    def scores(self, made, labels):
+        """Return all metrics but the MSE of the Described digits made for labels (N,)."""
+        return dict(
+            fid_latent=frechet_distance(made.latents, self.real.latents),
+            fid_classifier=frechet_distance(made.features, self.real.features),
+            precision=share_inside(made.features, self.real.features),
+            recall=share_inside(self.real.features, made.features),
+            accuracy=(made.digits == labels).double().mean().item(),
+            copies=(made.distances < self.thresholds[made.digits]).double().mean().item())
+
+    def closest_pairs(self, images, made):
+        """Return the ten images that are most like copies, followed by their training images."""
+        closest = (made.distances / self.thresholds[made.digits]).argsort()[:10]
+        return torch.cat([images[closest], self.train_images[made.nearest[closest]]])
 
 
 def spread_labels(labels, n_samples):
@@ -223,46 +232,31 @@ def pick_images(images, labels, wanted):
     return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
 
 
-@torch.inference_mode()
-def evaluate(paths, device, n_samples, seeds, steps, datas, batch_size=256):
-    """Yield one list of rows for real digits, then one for each checkpoint, a row for each seed.
+def real_row(judge, labels):
+    """Return the mark, a row of what as many training images get as there are labels (N,).
 
-    Writes datas/metrics_closest_{epoch}.png. The latent space is that of the last checkpoint.
-    Raises InputError for more steps than its time steps.
+    Its copies are those among the test images, since every training image is one of itself.
     """
-    torch.backends.cudnn.allow_tf32 = False  # float32 in full, so that machines agree
-    classifier = load_classifier(device)
-    latent_model, last = load_checkpoint(paths[-1], device)
-    size, channels = latent_model.config["image_size"], latent_model.config["channels"]
-    train_images, train_labels = load_mnist(True, size, channels, device)
-    test_images, test_labels = load_mnist(False, size, channels, device)
-    check_settings(latent_model, test_labels, "dpm", steps)
-    judges = classifier, latent_model, mnist_pixels(train_images)
-    real = describe(test_images, *judges)
-    thresholds = copy_thresholds(real, test_labels)
-    labels = spread_labels(test_labels, n_samples)
-    conditions = dict(n_samples=n_samples, steps=steps, latent_epoch=last["epoch"])
+    images = pick_images(judge.train_images, judge.train_labels, labels)
+    scores = judge.scores(judge.describe(images), labels)
+    are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
+    scores["copies"] = are_copies.double().mean().item()
+    return dict(epoch="real", seed=None, mse=math.nan, **scores)
 
-    floor = describe(pick_images(train_images, train_labels, labels), *judges)
-    values = scores(floor, labels, real, thresholds)
-    values["copies"] = (real.distances < thresholds[test_labels]).double().mean().item()
-    yield [dict(epoch="real", seed=None, mse=math.nan, **values, **conditions)]
-    for path in paths:
-        model, checkpoint = load_checkpoint(path, device)
-        mse = noise_mse(model, test_images, test_labels, batch_size)
-        rows = []
-        for seed in seeds:
-            images = sample(model, labels, steps=steps, seed=seed)[-1].to(device)
-            made = describe(images, *judges)
-            rows.append(dict(epoch=checkpoint["epoch"], seed=seed, mse=mse,
-                             **scores(made, labels, real, thresholds), **conditions))
-        pairs = closest_pairs(images, made, train_images, thresholds)  # of the last seed's
-        with replacing(datas / f"metrics_closest_{checkpoint['epoch']}.png") as file:
-            draw_grid(pairs.cpu(), 10).save(file, format="png")
-        yield rows
+
+def evaluate(model, epoch, judge, labels, steps, seeds, batch_size):
+    """Return (rows, pairs): the metrics, a row for each seed, and the last seed's closest pairs."""
+    mse = noise_mse(model, judge.test_images, judge.test_labels, batch_size)
+    rows = []
+    for seed in seeds:
+        images = sample(model, labels, steps=steps, seed=seed)[-1].to(labels.device)
+        made = judge.describe(images)
+        rows.append(dict(epoch=epoch, seed=seed, mse=mse, **judge.scores(made, labels)))
+    return rows, judge.closest_pairs(images, made)
 
 
 # ---- output ----
+METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
 HEAD = " epoch      mse  fid_latent  fid_classifier  precision  recall  accuracy  copies"
 LINE = ("{:>6} {mse:8.5f} {fid_latent:11.4f} {fid_classifier:15.4f} {precision:10.3f} "
         "{recall:7.3f} {accuracy:9.2%} {copies:7.2%}")
@@ -284,80 +278,125 @@ def print_rows(rows):
         print(LINE.format("+-", **deviations), flush=True)
 
 
-def plot_metrics(file, evaluations):
-    """Draw MSE and Frechet distances against the epoch. evaluations: what evaluate yields."""
-    (floor,), *evaluations = evaluations
+def plot_metrics(path, mark, evaluations):
+    """Draw MSE and Frechet distances against the epoch.
+
+    mark: real_row's row; evaluations: a list of rows for each epoch.
+    """
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     colours = "tab:blue", "tab:orange", "tab:green"
     for axes, name, colour in zip(figure.subplots(1, 3), METRICS[:3], colours, strict=True):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
-                      fmt="o-", color=colour, capsize=3, label=f"{floor['n_samples']:,} digits")
+                      fmt="o-", color=colour, capsize=3, label="generated digits")
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if name != "mse":
             axes.set_yscale("log")
-            axes.axhline(floor[name], ls="--", color="grey", label="training images")
+            axes.axhline(mark[name], ls="--", color="grey", label="training images")
             axes.legend()
-    figure.savefig(file, format="png", dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 # ---- command line ----
 def make_classifier(device, seed):
     """Train the classifier, write it to its place beside src and print its test accuracy."""
-    classifier = train_classifier(*load_mnist(True, device=device), seed)
+    classifier = train_classifier(*load_mnist("train", device=device), seed)
     save_tensors(CLASSIFIER, classifier.state_dict())
-    images, labels = load_mnist(False, device=device)
+    images, labels = load_mnist("test", device=device)
     _, digits = classify(classifier, mnist_pixels(images))
     accuracy = (digits == labels).double().mean().item()
     print(f"{CLASSIFIER}: reads {accuracy:.2%} of the test images right")
 
 
 def evaluation_parser():
-    parser, add = make_parser(__doc__)
-    add_checkpoint_flags(parser, add)
-    add("every", "take every n-th checkpoint, back from the last", 1, type=bounded(int, 1))
-    add("batch_size", "test images in a batch of the MSE's", 256, type=bounded(int, 1))
-    add("image_size", "refuse checkpoints of another size", type=int)
-    add("time_steps", "refuse checkpoints of another T", type=int)
-    add("n_samples", "digits to generate", 10_000, type=bounded(int, 2000, 50_000))
-    add("steps", "network evaluations for a digit", SAMPLERS["dpm"][1], type=bounded(int, 1))
-    add("seed", "of all random numbers", 0, type=bounded(int, 0))
-    add("seeds", "times to generate them, from --seed on", 1, type=bounded(int, 1, 100))
+    parser = make_parser(__doc__)
+    add_checkpoint_flags(parser)
+    add_flag(parser, "every", "take every n-th checkpoint, back from the last", 1,
+             type=bounded(int, 1))
+    add_flag(parser, "batch_size", "test images in a batch of the MSE's", 256,
+             type=bounded(int, 1))
+    add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
+    add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)
+    add_flag(parser, "n_samples", "digits to generate", 10_000, type=bounded(int, 2000, 50_000))
+    add_flag(parser, "steps", "network evaluations for a digit", SAMPLERS[DEFAULT_SAMPLER].steps,
+             type=bounded(int, 1))
+    add_flag(parser, "seed", "of all random numbers", 0, type=bounded(int, 0))
+    add_flag(parser, "seeds", "times to generate them, from --seed on", 1,
+             type=bounded(int, 1, 100))
     parser.add_argument("--train_classifier", action="store_true",
                         help="make checkpoints/classifier.pth anew, and end")
     return parser
 
 
-def main(argv=None):
-    args = evaluation_parser().parse_args(argv)
-    device, datas = torch.device(args.device), args.root / "datas"
-    if args.train_classifier:
-        return make_classifier(device, args.seed)
+def load_models(args, device):
+    """Return [(path, model, epoch)] of the checkpoints that the flags ask for.
+
+    Raises InputError where one is damaged, or of another form than the last or than the flags say.
+    """
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
-    paths = [path for place, path in enumerate(paths, 1) if (len(paths) - place) % args.every == 0]
-    last_config = load_checkpoint(paths[-1])[0].config
-    refuse_contradictions(args, last_config, paths[-1])
-    for path in paths:
-        if load_checkpoint(path)[0].config != last_config:
-            raise InputError(f"{path} is of another form than {paths[-1]}: evaluate it apart, by "
+    found = []
+    for path in paths[::-args.every][::-1]:  # the last one is always among them
+        model, checkpoint = load_checkpoint(path, device)
+        found.append((path, model, checkpoint["epoch"]))
+    last_path, last_model, _ = found[-1]
+    refuse_contradictions(args, last_model.config, last_path)
+    for path, model, _ in found:
+        if model.config != last_model.config:
+            raise InputError(f"{path} is of another form than {last_path}: evaluate it apart, by "
                              "--checkpoint_path")
-    print(f"{args.n_samples:,} digits in {args.steps} steps; seeds: {args.seeds}; "
-          f"latent space: {paths[-1]}\n{HEAD}")
+    return found
+
+
+def make_judge(latent_model, device):
+    """Return the Judge of digits of the model's form, with the model's own latent space."""
+    form = latent_model.config["image_size"], latent_model.config["channels"]
+    train, test = (load_mnist(part, *form, device) for part in ("train", "test"))
+    return Judge(load_classifier(device), latent_model, train, test)
+
+
+def run_evaluation(args, device):
+    """Evaluate the checkpoints that the flags ask for; print and write the results as they come."""
+    models = load_models(args, device)
+    last_path, last_model, last_epoch = models[-1]
+    check_settings(last_model, torch.tensor([0]), DEFAULT_SAMPLER, args.steps)
+    datas = args.root / "datas"
+    prepare_folder(datas)
+    judge = make_judge(last_model, device)
+    labels = spread_labels(judge.test_labels, args.n_samples)
     seeds = range(args.seed, args.seed + args.seeds)
-    evaluations = []
-    with replacing(datas / "metrics.png") as file:  # open before the work, written after it
-        for rows in evaluate(paths, device, args.n_samples, seeds, args.steps, datas,
-                             args.batch_size):
-            evaluations.append(rows)
-            print_rows(rows)
-            if len(evaluations) > 1:  # real digits alone must not replace an earlier result
-                write_csv(datas / "metrics.csv", [row for part in evaluations for row in part])
-        plot_metrics(file, evaluations)
-    print(f"{datas}: metrics.csv, metrics.png, metrics_closest_{rows[0]['epoch']}.png")
+    print(f"{args.n_samples:,} digits in {args.steps} steps; seeds: {args.seeds}; "
+          f"latent space: {last_path}\n{HEAD}")
+    mark = real_row(judge, labels)
+    print_rows([mark])
+    conditions = dict(n_samples=args.n_samples, steps=args.steps, latent_epoch=last_epoch)
+    table, evaluations = [mark | conditions], []
+    for _, model, epoch in models:
+        rows, pairs = evaluate(model, epoch, judge, labels, args.steps, seeds, args.batch_size)
+        print_rows(rows)
+        evaluations.append(rows)
+        table += [row | conditions for row in rows]
+        write_csv(datas / "metrics.csv", table)
+        plot_metrics(datas / "metrics.png", mark, evaluations)
+        with replacing(datas / f"metrics_closest_{epoch}.png") as file:
+            draw_grid(pairs.cpu(), 10).save(file, format="png")
+    print(f"{datas}: metrics.csv, metrics.png, metrics_closest_{epoch}.png")
+
+
+def main(argv=None):
+    """Evaluate, or train the classifier, as the flags say."""
+    args = evaluation_parser().parse_args(argv)
+    device = torch.device(args.device)
+    if args.train_classifier:
+        make_classifier(device, args.seed)
+    else:
+        # float32 in full, without TF32, so that machines agree
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            run_evaluation(args, device)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

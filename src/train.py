@@ -3,7 +3,8 @@
     python src/train.py                                               1000 epochs, meant for a GPU
     python src/train.py --n_epochs 2 --batch_size 64 --save_every 1   a few minutes on a laptop
 
-The way of an image: archive, uint8 tensor, x_0, x_t, eps, loss, step. After it: runs and files.
+The file reads forwards, as an image travels: settings, data, noise, network, loss, step. Then come
+the run with its files, and the command line.
 """
 import contextlib
 import copy
@@ -23,17 +24,19 @@ from torchvision.datasets import MNIST
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, bounded, epoch_checkpoints, generator, has_bf16,
-                    load_tensors, make_parser, reading, refuse_contradictions, replacing,
-                    save_tensors, seed_for, write_csv)
+from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
+                    generator, has_bf16, load_tensors, make_parser, refuse_contradictions,
+                    replacing, run_script, save_tensors, seed_for, write_csv)
+from muon import Muon
 
-NULL_LABEL = 10  # "any digit"
+NULL_LABEL = 10  # stands for "any digit"
 
 
 # ---- settings ----
 @dataclasses.dataclass
 class Settings:
-    """What makes a run what it is: first what flags say, then what the recipe chose."""
+    """What makes a run what it is. What each choice of the recipe is worth: docs/measurements.md"""
+    # what flags say
     n_epochs: int = 1000
     save_every: int = 10  # epochs between checkpoints
     batch_size: int = 256
@@ -43,39 +46,58 @@ class Settings:
     width: int = 32  # channels at half the image's size; twice as many at a quarter
     seed: int = 0
 
-    muon_rate: float = 0.02  # learning rates at their peak
+    # How the noise levels are drawn: logit(t / T) is normal, so that half of all t / T lie from
+    # 0.19 to 0.47. There a digit takes its shape; at larger t all is noise, at smaller t all is
+    # decided.
+    t_mean: float = -0.8
+    t_std: float = 1.0
+
+    # The loss weighs the error of the predicted noise by alphas_cumprod ** -loss_power. An error
+    # there is multiplied by sqrt(1 - a) / sqrt(a) on its way to the clean image, so errors at large
+    # t matter more than DDPM's loss, whose power is 0, says.
+    loss_power: float = 0.5
+
+    # The share of labels that are hidden, so that the network also learns to predict without one.
+    label_dropout: float = 0.05
+
+    # For some t the network learns to predict as if guided in sampling by 1 / (1 - model_guidance).
+    model_guidance: float = 0.5
+
+    # Learning rates at their peak. They rise for warmup_steps steps, and then fall to 0 at the end.
+    muon_rate: float = 0.02
     adamw_rate: float = 0.007
+    warmup_steps: int = 100
+
     muon_momentum: float = 0.95
     adamw_betas: tuple = (0.9, 0.99)
-    max_norm: float = 1.0  # of all gradients together
-    warmup_steps: int = 100
-    ema_decay: float = 0.9999  # at most; a short run averages over its last tenth
-    label_dropout: float = 0.05  # hidden, for guidance
-    t_mean: float = -0.8  # of logit(t / T), normal: half of t / T lie from 0.19 to 0.47
-    t_std: float = 1.0
-    loss_power: float = 0.5  # weight alphas_cumprod^-0.5: halfway from eps's error (0) to v's (1)
-    model_guidance: float = 0.5  # w, for some t: as a guidance of 1 / (1 - w) in sampling
+    max_norm: float = 1.0  # all gradients together are shortened to this length
+    ema_decay: float = 0.9999  # of the average of the weights, at most: see set_rates
 
 
 # ---- data ----
-def load_mnist(train, image_size=28, channels=1, device="cpu"):
-    """Return MNIST's training or test set whole, on the device.
+def read_archive(path, header):
+    """Return the bytes of a gzipped file of MNIST's, less its header, as a flat uint8 tensor."""
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8,
+                            offset=header)
+
+
+def load_mnist(part, image_size=28, channels=1, device="cpu"):
+    """Return MNIST's "train" or "test" part whole, on the device.
 
     images: (N, C, H, W) uint8, resized bilinearly with antialiasing where the size is not 28,
-    grey copied to all channels; labels: (N,) int64.
-    Raises InputError where an archive is damaged, or missing and cannot be downloaded.
+    grey copied to all channels; labels: (N,) int64. They take 47 MB and stay on the device, so that
+    no step waits for data. Raises InputError where an archive is damaged, or is missing and cannot
+    be downloaded.
     """
     folder = REPOSITORY / "mnist/MNIST/raw"
-    part = "train" if train else "t10k"
-    with reading(folder, "restore it, in a clone with 'git checkout mnist'"):
+    name = {"train": "train", "test": "t10k"}[part]
+    with blaming(folder, "restore it, in a clone with 'git checkout mnist'"):
         if len(list(folder.glob("*.gz"))) < len(MNIST.resources):
             MNIST(REPOSITORY / "mnist", download=True)
-        pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
-        digits = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
-        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 1, 28, 28)
-        labels = torch.frombuffer(bytearray(digits), dtype=torch.uint8).long()
-    images = torch.cat([resize(few, [image_size, image_size]) for few in images.split(1000)])
-    return images.to(device).expand(-1, channels, -1, -1), labels.to(device)
+        images = read_archive(folder / f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
+        labels = read_archive(folder / f"{name}-labels-idx1-ubyte.gz", 8).long()
+    parts = [resize(part, [image_size, image_size]) for part in images.split(1000)]
+    return torch.cat(parts).to(device).expand(-1, channels, -1, -1), labels.to(device)
 
 
 # ---- noise ----
@@ -107,16 +129,21 @@ def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
 
 # ---- network ----
 def normalize(x):
-    """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group."""
-    x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory: there F.group_norm is slow
-    with torch.autocast(x.device.type, enabled=False):  # which on a GPU would cast to float32
+    """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group.
+
+    F.group_norm is slow for channels_last, the order in which x lies in memory. With the channels
+    as the last dimension F.layer_norm computes the same. Autocast would make it cast to float32.
+    """
+    x = x.permute(0, 2, 3, 1)
+    with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, c_emb) -> (B, c_out, H, W): two convolutions beside a skip.
 
-    The embedding scales and shifts what lies between them.
+    Between them the embedding scales and shifts every channel. The second one starts from zeros, so
+    that the block starts as its skip.
     """
 
     def __init__(self, c_in, c_out, c_emb):
@@ -125,7 +152,7 @@ class ResBlock(nn.Module):
         self.scale_shift = nn.Linear(c_emb, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # but for a bias, every block starts as its skip
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(x))
@@ -137,15 +164,17 @@ class ResBlock(nn.Module):
 class SimpleUnet(nn.Module):
     """A U-Net that predicts the noise in x_t, given t and the digit.
 
-    Squares of 2 x 2 pixels enter as channels (space to depth); it works at a half and at a quarter
-    of the image's size, a multiple of 4. On the way up each layer also sees what its counterpart
-    on the way down made.
+    Squares of 2 x 2 pixels enter as channels (space to depth), which saves three quarters of the
+    work that the first layers would have at full size. The network works at a half and at a quarter
+    of the image's size, a multiple of 4. On the way up each layer also sees what its counterpart on
+    the way down made.
     """
 
-    def __init__(self, channels=1, image_size=28, time_steps=1000, widths=(32, 64)):
+    def __init__(self, image_size=28, channels=1, time_steps=1000, widths=(32, 64)):
         super().__init__()
         if image_size not in range(4, 257, 4):
             raise InputError(f"image_size must be a multiple of 4 up to 256, not {image_size}")
+        # a checkpoint holds it, to build the network again
         self.config = dict(channels=channels, image_size=image_size, time_steps=time_steps,
                            widths=widths)
         half, quarter = widths  # channels at H/2 and at H/4
@@ -165,7 +194,6 @@ class SimpleUnet(nn.Module):
         self.up3 = ResBlock(quarter + half, half, emb)
         self.up4 = ResBlock(half + half, half, emb)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
-        self.register_buffer("alphas_cumprod", cumulative_alphas(time_steps), persistent=False)
         nn.init.normal_(self.label_embedding.weight, std=0.5)
         nn.init.zeros_(self.conv_out.weight)
 
@@ -199,7 +227,7 @@ class SimpleUnet(nn.Module):
 
 # ---- loss ----
 def draw_t(batch_size, settings, rng):
-    """Return t (B,) int64 in [0, T - 1]: t / T is logit-normal (Esser et al. 2024).
+    """Return t (B,) int64 in [0, T - 1], rising: t / T is logit-normal (Esser et al. 2024).
 
     It is stratified: the i-th t comes from the i-th of B equally likely parts, so that no batch
     has too many large or small t, and the losses of batches differ less.
@@ -213,147 +241,144 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the mean squared error of the predicted noise (DDPM, eq. 14), weighted by t.
 
-    t rises along the batch, see draw_t. In the second quarter, that is for t / T from 0.19 to 0.31,
-    the network learns to guide itself: to predict noise + w (eps_label - eps_null) (model guidance,
-    Tang et al. 2025, eq. 18). At larger t that would make digits alike (Kynkaanniemi et al. 2024).
+    For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the noise but
+    noise + w (eps_label - eps_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that
+    would make digits alike (Kynkaanniemi et al. 2024). As draw_t lets t rise along the batch, these
+    are the images of its second quarter.
     """
     x_t = forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
-    second = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
+    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)
-        with torch.no_grad():  # not before the other: autocast would keep weights without gradients
-            nulls = torch.full_like(labels[second], NULL_LABEL)
-            eps_null = network(x_t[second], t[second], nulls)
+        # Autocast keeps the weights that it has cast, for the next pass. Those cast without
+        # gradients would not do for the pass above. So this one comes second.
+        with torch.no_grad():
+            nulls = torch.full_like(labels[guided], NULL_LABEL)
+            eps_null = network(x_t[guided], t[guided], nulls)
     target = noise.clone()
-    target[second] += settings.model_guidance * (eps[second].detach() - eps_null)
+    target[guided] += settings.model_guidance * (eps[guided].detach() - eps_null)
     weights = alphas_cumprod[t].pow(-settings.loss_power).float()
     return (weights * (eps - target).square().mean((1, 2, 3))).mean()
 
 
-# ---- optimizer ----
-def orthogonalize(matrices):
-    """Return matrices (N, rows, columns) with their large singular values brought near 1.
-
-    Newton-Schulz iteration with a quintic polynomial (Jordan et al. 2024). Three steps of it let
-    small singular values grow about 40-fold.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(3):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
-    return x
-
-
-class Muon:
-    """Momentum, orthogonalized (Jordan et al. 2024): all directions of a kernel learn equally fast.
-
-    Kernels (out, in, k, k) are matrices (out, in * k * k), of one shape in one stack, in float32.
-    On a GPU each stack has its own stream: one alone does not fill it.
-    """
-
-    def __init__(self, kernels, momentum):
-        stacks = {}
-        for kernel in kernels:
-            stacks.setdefault(kernel.shape, []).append(kernel)
-        self.stacks = list(stacks.values())
-        self.momentum = momentum
-        self.buffers = [torch.zeros_like(torch.stack(stack)).flatten(2) for stack in self.stacks]
-        self.rate = torch.zeros((), device=self.buffers[0].device)
-        self.streams = [torch.cuda.Stream() if self.rate.is_cuda else None for _ in self.stacks]
-
-    @torch.no_grad()
-    def step(self):
-        for stack, buffer, stream in zip(self.stacks, self.buffers, self.streams, strict=True):
-            if stream:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-                gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
-                buffer.lerp_(gradients, 1 - self.momentum)
-                # Nesterov's momentum
-                updates = orthogonalize(gradients.lerp(buffer, self.momentum))
-                _, rows, columns = updates.shape
-                updates *= self.rate * max(1, rows / columns) ** 0.5
-                for kernel, update in zip(stack, updates, strict=True):
-                    kernel -= update.view_as(kernel)
-        for stream in filter(None, self.streams):
-            torch.cuda.current_stream().wait_stream(stream)
-
-
 # ---- step ----
+def split_weights(model):
+    """Return (kernels, others): what Muon moves, and what is left for AdamW.
+
+    Muon is for what maps many channels to many. The first and the last kernel have few on the side
+    of the image.
+    """
+    named = dict(model.named_parameters())
+    kernels = [name for name, weights in named.items()
+               if weights.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
+    return ([named[name] for name in kernels],
+            [weights for name, weights in named.items() if name not in kernels])
+
+
 class State:
-    """A run: its settings, and all that training changes."""
+    """All that training changes, and the settings that it follows. It saves and loads itself."""
 
     def __init__(self, settings, device):
         torch.manual_seed(settings.seed)
         self.settings = settings
-        self.model = SimpleUnet(settings.channels, settings.image_size, settings.time_steps,
+        self.model = SimpleUnet(settings.image_size, settings.channels, settings.time_steps,
                                 widths=(settings.width, 2 * settings.width))
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
         self.network = self.model  # what the loss is taken of
+        self.alphas_cumprod = cumulative_alphas(settings.time_steps).to(device)
         self.rank, self.processes = 0, 1
         if dist.is_initialized():
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
             self.network = nn.parallel.DistributedDataParallel(self.model)
-        named = dict(self.model.named_parameters())
-        kernels = [name for name, p in named.items()
-                   if p.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
-        self.muon = Muon([named.pop(name) for name in kernels], settings.muon_momentum)
-        self.adamw = torch.optim.AdamW(named.values(), lr=torch.zeros((), device=device),
+        kernels, others = split_weights(self.model)
+        self.muon = Muon(kernels, settings.muon_momentum)
+        # The rate is a tensor, and capturable keeps AdamW's counter one, for the sake of capture.
+        self.adamw = torch.optim.AdamW(others, lr=torch.zeros((), device=device),
                                        betas=settings.adamw_betas, weight_decay=0, fused=True,
                                        capturable=True)
-        self.decay = torch.zeros((), device=device)  # of the average
+        self.average_decay = torch.zeros((), device=device)
         self.rng = torch.Generator(device)
         self.replay = None  # on one GPU, from the second step on: see capture
-        self.step = 0  # steps taken
-        self.total_loss = torch.zeros((), device=device)  # of the epoch so far
+        self.steps_taken = 0
+        self.total_loss = torch.zeros((), device=device)  # of the epoch's steps so far
         self.seconds = 0.0  # that the epoch has taken so far
-        self.log = []  # a row for each epoch
+        self.log = []  # a row for each epoch that has ended
+
+    def state_dict(self):
+        """Return all that load_state_dict needs to go on, as plain types and tensors."""
+        return dict(settings=dataclasses.asdict(self.settings), model=self.model.state_dict(),
+                    average=self.average.state_dict(), muon=self.muon.buffers,
+                    adamw=self.adamw.state_dict(), step=self.steps_taken,
+                    total_loss=self.total_loss, seconds=self.seconds, log=self.log)
+
+    def load_state_dict(self, saved):
+        """Go on from what state_dict returned, for the same settings."""
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        rate = self.adamw.param_groups[0]["lr"]
+        self.adamw.load_state_dict(saved["adamw"])
+        self.adamw.param_groups[0]["lr"] = rate  # the saved one may be on another device
+        for buffer, values in zip(self.muon.buffers, saved["muon"], strict=True):
+            buffer.copy_(values)
+        self.total_loss.copy_(saved["total_loss"])
+        self.steps_taken, self.seconds = saved["step"], saved["seconds"]
+        self.log = saved["log"]
 
 
-@torch.no_grad()
-def update_average(averages, weights, decay):
-    """averages <- decay averages + (1 - decay) weights, for two lists of tensors."""
-    torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - decay))
+def draw_batch(state, images, labels):
+    """Return x_0, t, noise and labels, of which some are hidden: what a step is made of.
 
-
-def update(state, images, labels):
-    """Move the weights and their average.
-
-    What varies from step to step is in tensors and the generator, and nothing is read back: a GPU
-    is not waited for, and can replay the step.
+    images: (B, C, H, W) uint8; labels: (B,). Every process draws for the whole batch, and takes
+    every n-th image: n processes together see what one alone would see.
     """
-    settings, rng, model = state.settings, state.rng, state.model
+    settings, rng = state.settings, state.rng
     x_0 = images / 127.5 - 1
     noise = torch.randn(x_0.shape, generator=rng, device=rng.device)
     t = draw_t(len(x_0), settings, rng)
     hidden = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
     labels = labels.masked_fill(hidden, NULL_LABEL)
-    share = slice(state.rank, None, state.processes)  # each process draws all, and takes its share
-    loss = training_loss(state.network, x_0[share], t[share], noise[share], labels[share],
-                         model.alphas_cumprod, settings)
-    model.zero_grad()
+    share = slice(state.rank, None, state.processes)
+    return x_0[share], t[share], noise[share], labels[share]
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average <- decay average + (1 - decay) model, for all weights; decay: a tensor ()."""
+    averages, weights = list(average.parameters()), list(model.parameters())
+    torch._foreach_mul_(averages, decay)
+    torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - decay))
+
+
+def training_step(state, images, labels):
+    """Move the weights, so that the noise in a batch of images is predicted better.
+
+    Whatever differs from step to step is in tensors and in the generator, and no value is read
+    back: so the CPU never waits for a GPU, and a GPU can replay the step as a graph.
+    """
+    x_0, t, noise, labels = draw_batch(state, images, labels)
+    loss = training_loss(state.network, x_0, t, noise, labels, state.alphas_cumprod,
+                         state.settings)
+    state.model.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
+    nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
     state.muon.step()
     state.adamw.step()
-    update_average(list(state.average.parameters()), list(model.parameters()), state.decay)
+    update_average(state.average, state.model, state.average_decay)
     state.total_loss += loss.detach()
 
 
 def capture(state, images, labels):
-    """Record update as a CUDA graph, without running it; return a function that replays it.
+    """Record training_step as a CUDA graph, without running it; return a function that replays it.
 
-    Most of the thousand kernels of a step run for less time than it takes to launch them.
+    A step is a thousand kernels, and most of them take a GPU less time than launching them takes
+    the CPU. A graph is launched as a whole.
     """
-    images, labels = images.clone(), labels.clone()  # what the graph reads
+    images, labels = images.clone(), labels.clone()  # the graph reads from these addresses
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(state.rng)
     with torch.cuda.graph(graph):
-        update(state, images, labels)
+        training_step(state, images, labels)
 
     def replay(next_images, next_labels):
         images.copy_(next_images)
@@ -362,27 +387,35 @@ def capture(state, images, labels):
     return replay
 
 
-def training_step(state, images, labels, total_steps):
-    """Take the next of total_steps steps, on a batch: images (B, C, H, W) uint8, labels (B,)."""
-    settings, n = state.settings, state.step
-    state.rng.manual_seed(seed_for("step", settings.seed, n))
+def set_rates(state, total_steps):
+    """Set the learning rates, and the decay of the average, of the next of total_steps steps."""
+    settings, n = state.settings, state.steps_taken
     factor = min((n + 1) / settings.warmup_steps, 1 - n / total_steps)
     state.muon.rate.fill_(factor * settings.muon_rate)
     state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
-    state.decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
+    # The average reaches back over a tenth of the run at most, so that a short run forgets how it
+    # began.
+    state.average_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
+
+
+def take_step(state, images, labels, total_steps):
+    """Take the next of total_steps steps, on a batch: images (B, C, H, W) uint8, labels (B,)."""
+    state.rng.manual_seed(seed_for("step", state.settings.seed, state.steps_taken))
+    set_rates(state, total_steps)
     if state.replay:
         state.replay(images, labels)
     else:
-        update(state, images, labels)
-        # after a first step, which makes what a capture cannot: AdamW's state, for one
-        if state.rng.device.type == "cuda" and state.processes == 1:
+        training_step(state, images, labels)
+        # The first step is not replayed: in it AdamW makes its state, which a capture cannot.
+        # Several processes exchange gradients in a way that is not captured.
+        if state.rng.device.type == "cuda" and not dist.is_initialized():
             state.replay = capture(state, images, labels)
-    state.step += 1
+    state.steps_taken += 1
 
 
-# ---- runs ----
+# ---- run ----
 LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
-SAVE_INTERVAL = 45  # seconds; what is killed loses less than a minute
+SAVE_INTERVAL = 45  # seconds; whatever ends a run, less than a minute of it is lost
 
 
 def plot_losses(path, log):
@@ -398,20 +431,21 @@ def plot_losses(path, log):
 
 
 def check_finite(state):
-    """Raise InputError if the loss is no longer finite: such a state is not worth saving."""
-    if not state.total_loss.isfinite():
-        raise InputError(f"epoch {len(state.log) + 1}: the loss is no longer finite; begin anew "
-                         "with another --seed and --root")
+    """Raise InputError if a weight is no longer finite: such a state is not worth saving.
+
+    The average tells it all. A weight that was infinite or no number at any step, because of the
+    loss or of a gradient, makes it so for ever.
+    """
+    finite = torch.stack([weights.isfinite().all() for weights in state.average.parameters()])
+    if not finite.all():
+        raise InputError(f"epoch {len(state.log) + 1}: the weights are no longer finite; begin "
+                         "anew with another --seed and --root")
 
 
 def save_state(state, root):
     """Write all that load_state needs, the log and the loss curve."""
     check_finite(state)
-    save_tensors(root / LATEST, dict(
-        settings=dataclasses.asdict(state.settings), model=state.model.state_dict(),
-        average=state.average.state_dict(), muon=state.muon.buffers,
-        adamw=state.adamw.state_dict(), step=state.step, total_loss=state.total_loss,
-        seconds=state.seconds, log=state.log))
+    save_tensors(root / LATEST, state.state_dict())
     if state.log:
         write_csv(root / "datas/train_log.csv", state.log)
         plot_losses(root / "datas/train_log.png", state.log)
@@ -419,35 +453,35 @@ def save_state(state, root):
 
 def load_state(root, device):
     """Return the State that save_state wrote. Raises InputError where there is none, or damaged."""
-    with reading(root / LATEST, "start a run without --resume, or name another --root"):
-        saved = load_tensors(root / LATEST, device)
-        state = State(Settings(**saved["settings"]), device)
-        state.model.load_state_dict(saved["model"])
-        state.average.load_state_dict(saved["average"])
-        state.adamw.load_state_dict(saved["adamw"])
-        state.muon.buffers, state.total_loss = saved["muon"], saved["total_loss"]
-        state.step, state.seconds, state.log = saved["step"], saved["seconds"], saved["log"]
+    path, advice = root / LATEST, "start a run without --resume, or name another --root"
+    with blaming(path, advice):
+        saved = load_tensors(path)
+        settings = Settings(**saved["settings"])
+    state = State(settings, device)  # a GPU that is full is not the file's fault
+    with blaming(path, advice):
+        state.load_state_dict(saved)
     return state
 
 
-def batches_left(state, n_images):
-    """Return the indices of each batch that the epoch still has; (seed, epoch) gives the order."""
-    settings, epoch = state.settings, len(state.log)
-    rng = generator("cpu", "order", settings.seed, epoch)  # the same order on every device
-    order = torch.randperm(n_images, generator=rng, device="cpu").to(state.rng.device)
-    batches = order.split(settings.batch_size)
-    steps = n_images // settings.batch_size  # what is left over is left out
-    return batches[state.step - epoch * steps:steps]
+def epoch_batches(settings, epoch, n_images, device):
+    """Return the indices of the images in each batch of an epoch, counted from 0.
+
+    The order depends on the seed and the epoch, on every device alike. Images that do not fill a
+    last batch are left out: each epoch it is others.
+    """
+    rng = generator("cpu", "order", settings.seed, epoch)
+    order = torch.randperm(n_images, generator=rng, device="cpu").to(device)
+    return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, n_images, start, root):
-    """Log the epoch, and write its checkpoint if it is the last or one of every save_every."""
+def end_epoch(state, steps, start, root):
+    """Log the epoch, of so many steps; write its checkpoint if it is due."""
     settings, epoch = state.settings, len(state.log) + 1
     check_finite(state)
-    if dist.is_initialized():  # what was summed before a resume is the first process's share alone
+    if dist.is_initialized():  # each process has summed the loss of its share
         dist.all_reduce(state.total_loss)
         state.total_loss /= state.processes
-    loss = state.total_loss.item() / (n_images // settings.batch_size)
+    loss = state.total_loss.item() / steps
     seconds = time.perf_counter() - start
     state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
     state.total_loss.zero_()
@@ -465,14 +499,17 @@ def train(state, images, labels, root, signals):
     As soon as there is something in the list signals, it saves the state and returns.
     """
     settings, first = state.settings, state.rank == 0
-    total_steps = settings.n_epochs * (len(images) // settings.batch_size)
-    saved = -math.inf  # so that the first save comes before the first step
-    with tqdm(total=total_steps * settings.batch_size, initial=state.step * settings.batch_size,
-              unit=" images", unit_scale=True, disable=not first) as bar:
+    steps = len(images) // settings.batch_size  # of an epoch
+    total_steps = settings.n_epochs * steps
+    saved = -math.inf  # the first save comes before the first step: it proves that root is writable
+    with tqdm(total=total_steps * settings.batch_size, unit=" images", unit_scale=True,
+              initial=state.steps_taken * settings.batch_size, disable=not first) as bar:
         while len(state.log) < settings.n_epochs:
-            bar.set_description(f"epoch {len(state.log) + 1}/{settings.n_epochs}")
+            epoch = len(state.log)
+            bar.set_description(f"epoch {epoch + 1}/{settings.n_epochs}")
             start = time.perf_counter() - state.seconds
-            for batch in batches_left(state, len(images)):
+            batches = epoch_batches(settings, epoch, len(images), images.device)
+            for batch in batches[state.steps_taken - epoch * steps:]:  # all, but after a resume
                 state.seconds = time.perf_counter() - start
                 if signals:
                     save_state(state, root)
@@ -480,9 +517,9 @@ def train(state, images, labels, root, signals):
                 if first and time.perf_counter() - saved > SAVE_INTERVAL:
                     save_state(state, root)
                     saved = time.perf_counter()
-                training_step(state, images[batch], labels[batch], total_steps)
+                take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            end_epoch(state, len(images), start, root)
+            end_epoch(state, steps, start, root)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
         if first:
             save_state(state, root)
@@ -490,10 +527,11 @@ def train(state, images, labels, root, signals):
 
 # ---- command line ----
 def training_parser():
-    parser, add = make_parser(__doc__)
+    parser = make_parser(__doc__)
 
-    def add_setting(name, text, **kind):
-        add(name, f"{text} (default: {getattr(Settings, name)})", **kind)
+    def add_setting(name, text, **options):
+        # Their own default is None, which tells start_state that the flag was not given.
+        add_flag(parser, name, f"{text} (default: {getattr(Settings, name)})", **options)
 
     add_setting("n_epochs", "passes over the training images", type=bounded(int, 1))
     add_setting("save_every", "epochs between checkpoints", type=bounded(int, 1))
@@ -509,26 +547,31 @@ def training_parser():
     return parser
 
 
+def refuse_overwriting(root):
+    """Raise InputError if there is a run under root: no second run replaces its files."""
+    latest = root / LATEST
+    go_on = "go on with it by --resume, " if latest.exists() else ""
+    for path in [latest, *epoch_checkpoints(root).values()]:
+        if path.exists():
+            raise InputError(f"{path} is of an earlier run: {go_on}remove it, or choose another "
+                             "--root")
+
+
 def start_state(args, device):
     """Return the State of a new run or, with --resume, of the one under args.root."""
-    latest = args.root / LATEST
     given = {name: value for name, value in vars(args).items()
              if hasattr(Settings, name) and value is not None}
     if not args.resume:
-        go_on = "go on with it by --resume, " if latest.exists() else ""
-        for path in [latest, *epoch_checkpoints(args.root).values()]:
-            if path.exists():
-                raise InputError(f"{path} is of an earlier run: {go_on}remove it, or choose "
-                                 "another --root")
+        refuse_overwriting(args.root)
         return State(Settings(**given), device)
     state = load_state(args.root, device)
     kept = dataclasses.asdict(state.settings)
     del kept["n_epochs"], kept["save_every"]
-    refuse_contradictions(args, kept, latest)
+    refuse_contradictions(args, kept, args.root / LATEST)
     state.settings = dataclasses.replace(state.settings, **given)
     if len(state.log) >= state.settings.n_epochs:
-        raise InputError(f"{latest} has had its {len(state.log)} epochs: ask for more by "
-                         "--n_epochs")
+        raise InputError(f"{args.root / LATEST} has had its {len(state.log)} epochs: ask for more "
+                         "by --n_epochs")
     return state
 
 
@@ -538,33 +581,41 @@ def start_processes(device):
     A GPU becomes the current one, to which streams and graphs belong.
     """
     launched = dist.is_torchelastic_launched()
-    if device != "cpu":
-        number = dist.get_node_local_rank() if launched else torch.device(device).index or 0
-        device = f"cuda:{number}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        number = dist.get_node_local_rank() if launched else device.index
+        device = torch.device("cuda", number or 0)  # plain "cuda" has no index, and is the first
         torch.cuda.set_device(device)
     if launched:
         dist.init_process_group()
-    return torch.device(device)
+    return device
 
 
+@contextlib.contextmanager
 def catch_signals():
-    """Return a list to which the first SIGINT or SIGTERM is added; a second one acts as usual.
+    """Yield a list to which the first SIGINT or SIGTERM is added; a second one acts as usual.
 
-    With several processes it stays empty: they would have to agree at every step.
+    Afterwards signals do again what they did before. With several processes nothing is caught: they
+    would have to agree at every step.
     """
-    signals = []
+    signals, handlers = [], {}
 
     def note(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, handlers[number])
 
     if not dist.is_initialized():
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
-    return signals
+        handlers = {number: signal.signal(number, note)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def main(argv=None):
+    """Train as the flags say. Return None or, where a signal ended the run, 128 + its number."""
     args = training_parser().parse_args(argv)
     device = start_processes(args.device)
     state = start_state(args, device)
@@ -572,19 +623,19 @@ def main(argv=None):
     if settings.batch_size % state.processes:
         raise InputError(f"--batch_size {settings.batch_size} cannot be shared evenly among "
                          f"{state.processes} processes")
-    images, labels = load_mnist(True, settings.image_size, settings.channels, device)
+    images, labels = load_mnist("train", settings.image_size, settings.channels, device)
     if state.rank == 0:
         print(f"training {sum(p.numel() for p in state.model.parameters()):,} weights on {device}, "
               f"in {'bfloat16' if has_bf16(device) else 'float32'}", flush=True)
-    signals = catch_signals()
-    train(state, images, labels, args.root, signals)
+    with catch_signals() as signals:
+        train(state, images, labels, args.root, signals)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if len(state.log) < settings.n_epochs:
         print(f"stopped in epoch {len(state.log) + 1}; go on by "
               f"python src/train.py --root {args.root} --resume", file=sys.stderr)
-        sys.exit(128 + signals[0])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        return 128 + signals[0]  # as shells say that a signal ended a process
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,8 +1,7 @@
-"""Fixtures: a fast random network, a small MNIST, a small copy of the repository."""
+"""What several tests need: networks, a small MNIST, a small copy of the repository."""
 import csv
 import gzip
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import test
 import train
-from common import load_tensors
+from common import load_tensors, run_script
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,19 +27,29 @@ def small_model():
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Undo what train.main does to them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+class Oracle(torch.nn.Module):
+    """A network that knows the clean images, and predicts the noise in them with a constant error.
+
+    x_0: (N, C, H, W), in the order in which it is shown them noised; after the last comes the first
+    again.
+    """
+
+    def __init__(self, x_0, error=0.0):
+        super().__init__()
+        self.x_0, self.error, self.seen_t = x_0, error, []
+        self.config = {"time_steps": 1000}
+
+    def forward(self, x_t, t, labels):
+        x_0 = self.x_0[torch.arange(len(self.seen_t), len(self.seen_t) + len(t)) % len(self.x_0)]
+        self.seen_t += t.tolist()
+        a = train.cumulative_alphas(1000)[t].view(-1, 1, 1, 1)
+        return ((x_t - a.sqrt() * x_0) / (1 - a).sqrt()).float() + self.error
 
 
 @pytest.fixture(scope="session")
 def mnist():
-    """{True: (images, labels) of the training set, False: of the test set}, 28 x 28, grey."""
-    return {part: train.load_mnist(part) for part in (True, False)}
+    """{"train": (images, labels), "test": (images, labels)}, 28 x 28, grey."""
+    return {part: train.load_mnist(part) for part in ("train", "test")}
 
 
 def pytest_addoption(parser):
@@ -52,7 +61,8 @@ def use_small_mnist(monkeypatch):
     load = train.load_mnist
     for module, count in ((train, 256), (test, 3000)):
         def load_few(part, *form, count=count, **keywords):
-            return [values[:count if part else 500] for values in load(part, *form, **keywords)]
+            limit = count if part == "train" else 500
+            return [values[:limit] for values in load(part, *form, **keywords)]
         monkeypatch.setattr(module, "load_mnist", load_few)
 
 
@@ -96,7 +106,7 @@ def small_repository(tmp_path_factory, mnist):
     folder = tmp_path_factory.mktemp("repository")
     raw = folder / "mnist/MNIST/raw"
     raw.mkdir(parents=True)
-    for part, name, count in ((True, "train", 3000), (False, "t10k", 500)):
+    for part, name, count in (("train", "train", 3000), ("test", "t10k", 500)):
         images, labels = (values[:count].byte().numpy() for values in mnist[part])
         write_archive(raw / f"{name}-images-idx3-ubyte.gz", images[:, 0])
         write_archive(raw / f"{name}-labels-idx1-ubyte.gz", labels)
@@ -114,9 +124,9 @@ def call(folder, *command):
 
 
 def error_of(main, argv, capsys):
-    """Return the error message of main(argv): one line, with an exit code that is not 0."""
+    """Return the error message of a script: one line, with an exit code that is not 0."""
     with pytest.raises(SystemExit) as stop:
-        main(argv)
+        run_script(lambda: main(argv))
     code = stop.value.code
     message = capsys.readouterr().err if isinstance(code, int) else code
     assert code != 0 and message and message.strip().count("\n") == 0

@@ -4,12 +4,13 @@ An operation that brings two devices together raises, as it would on a GPU. What
 do has a stand-in here: torch.Generator("cuda"), backward(), Module.to, the fused AdamW, streams and
 graphs, and what sampling reads on the CPU.
 """
-import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import generate
 import test
@@ -49,8 +50,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(train, "capture", lambda state, *batch: functools.partial(train.update,
-                                                                                  state))
+    monkeypatch.setattr(train, "capture", lambda state, *batch: functools.partial(
+        train.training_step, state))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **form: self)
     with FakeTensorMode(allow_non_fake_inputs=True), CUDA:
@@ -76,26 +77,31 @@ def state(monkeypatch):
     return state
 
 
+def test_a_process_group_is_not_captured(state, monkeypatch):
+    for in_a_group in (True, False):
+        monkeypatch.setattr(train.dist, "is_initialized", lambda answer=in_a_group: answer)
+        take_steps(state)
+        assert (state.replay is None) == in_a_group
+
+
 def take_steps(state):
-    for batch in train.batches_left(state, 1000)[:2]:
+    for batch in train.epoch_batches(state.settings, 0, 1000, CUDA)[:2]:
         assert batch.device == CUDA
-        train.training_step(state, on_gpu(1000, 1, 28, 28, dtype=torch.uint8)[batch],
+        train.take_step(state, on_gpu(1000, 1, 28, 28, dtype=torch.uint8)[batch],
                             on_gpu(1000, dtype=torch.int64)[batch], 10)
 
 
 def test_training_stays_on_the_gpu(state):
     take_steps(state)
     kept = [*state.model.parameters(), *state.average.parameters(), *state.muon.buffers,
-            state.total_loss, state.muon.rate, state.decay]
-    assert state.step == 2 and all(tensor.device == CUDA for tensor in kept)
+            state.total_loss, state.muon.rate, state.average_decay]
+    assert state.steps_taken == 2 and all(tensor.device == CUDA for tensor in kept)
 
 
-def test_a_loaded_state_trains_on(state):
+def test_a_state_loaded_from_the_cpu_trains_on(state):
     take_steps(state)
-    saved = copy.deepcopy(state.adamw.state_dict())
-    state.adamw.load_state_dict(saved)
-    for buffer in state.muon.buffers:
-        buffer.copy_(torch.zeros_like(buffer))
+    state.load_state_dict(tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor)
+                                   else value, state.state_dict()))
     take_steps(state)
     assert state.adamw.param_groups[0]["lr"].device == CUDA
     assert all(value.device == CUDA for values in state.adamw.state.values()
@@ -116,14 +122,22 @@ def test_sampling_runs_on_the_gpu(sampler, guidance, model):
     assert frames.shape == (3, 130, 1, 28, 28) and frames.device.type == "cpu"
 
 
-def test_metrics_run_on_the_gpu(model):
-    images, labels = on_gpu(2000, 1, 28, 28, dtype=torch.uint8), on_gpu(2000, dtype=torch.int64)
-    made = test.describe(images, test.Classifier().eval(), model, test.mnist_pixels(images))
+@pytest.fixture
+def judge(model):
+    """What Judge's methods use of a Judge; its thresholds depend on values, which are not there."""
+    images = on_gpu(2000, 1, 28, 28, dtype=torch.uint8)
+    return SimpleNamespace(classifier=test.Classifier().eval(), latent_model=model,
+                           train_images=images, train_pixels=test.mnist_pixels(images),
+                           thresholds=on_gpu(10))
+
+
+def test_metrics_run_on_the_gpu(model, judge):
+    images, labels = judge.train_images, on_gpu(2000, dtype=torch.int64)
+    made = test.Judge.describe(judge, images)
     assert all(values.device == CUDA for values in made)
-    thresholds = on_gpu(10)
-    assert test.closest_pairs(images, made, images, thresholds).device == CUDA
+    assert test.Judge.closest_pairs(judge, images, made).device == CUDA
     assert test.spread_labels(labels, 2000).device == CUDA
-    (made.distances < thresholds[made.digits]) & (made.digits == labels)
+    (made.distances < judge.thresholds[made.digits]) & (made.digits == labels)
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         test.share_inside(made.features, made.features)  # up to its result, a Python number
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
@@ -135,12 +149,12 @@ def test_a_label_left_on_the_cpu_is_found_in_training(state):
     with torch.device("cpu"):
         labels = torch.zeros(8, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="device"):
-        train.training_step(state, on_gpu(8, 1, 28, 28, dtype=torch.uint8), labels, 10)
+        train.take_step(state, on_gpu(8, 1, 28, 28, dtype=torch.uint8), labels, 10)
 
 
 def test_a_schedule_left_on_the_cpu_is_found_in_training(state):
     with torch.device("cpu"):
-        state.model.alphas_cumprod = torch.ones(1000, dtype=torch.float64)
+        state.alphas_cumprod = torch.ones(1000, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="device"):
         take_steps(state)
 
@@ -154,9 +168,8 @@ def test_fresh_noise_left_on_the_cpu_is_found_in_sampling(model, monkeypatch):
         generate.sample(model, on_gpu(5, dtype=torch.int64), steps=3)
 
 
-def test_pixels_left_on_the_cpu_are_found_in_the_metrics(model):
-    images = on_gpu(100, 1, 28, 28, dtype=torch.uint8)
+def test_pixels_left_on_the_cpu_are_found_in_the_metrics(judge):
     with torch.device("cpu"):
-        train_pixels = torch.zeros(100, 784)
+        judge.train_pixels = torch.zeros(100, 784)
     with pytest.raises(RuntimeError, match="device"):
-        test.describe(images, test.Classifier().eval(), model, train_pixels)
+        test.Judge.describe(judge, judge.train_images)

@@ -26,31 +26,21 @@ def contents(folder):
 # ---- flags ----
 @pytest.mark.parametrize("main, flags, named", [
     (train.main, "--n_epochs 0", "--n_epochs"),
-    (train.main, "--n_epochs many", "--n_epochs"),
     (train.main, "--batch_size -1", "--batch_size"),
     (train.main, "--batch_size 60001", "60000"),
     (train.main, "--image_size 30", "multiple of 4"),
     (train.main, "--image_size 0", "--image_size"),
-    (train.main, "--channels 2", "--channels"),
     (train.main, "--time_steps 20", "from 21"),
     (train.main, "--save_every 0", "--save_every"),
     (train.main, "--seed -1", "--seed"),
-    (train.main, "--device tpu", "--device"),
     (train.main, "--device cuda:99", "cuda:99"),
-    (train.main, "--device cuda:256", "cuda:256"),
-    (train.main, "--learning_rate 1", "--learning_rate"),
     (generate.main, "--n_samples 0", "--n_samples"),
     (generate.main, "--epochs 0", "--epochs"),
     (generate.main, "--epochs 5 --checkpoint_path some.pth", "--checkpoint_path"),
     (generate.main, "--labels 11", "--labels"),
-    (generate.main, "--labels 0-9", "--labels"),
-    (generate.main, "--labels ", "--labels"),
-    (generate.main, "--sampler euler", "--sampler"),
     (generate.main, "--eta 1.1", "--eta"),
     (generate.main, "--eta nan", "--eta"),
     (generate.main, "--guidance -1", "--guidance"),
-    (generate.main, "--guidance strong", "--guidance"),
-    (generate.main, "--device cuda:99", "cuda:99"),
     (test.main, "--n_samples 1999", "from 2000"),
     (test.main, "--n_samples 50001", "to 50000"),
     (test.main, "--batch_size 0", "--batch_size"),
@@ -59,7 +49,7 @@ def contents(folder):
 ])
 def test_bad_flags(main, flags, named, tmp_path, capsys):
     assert named in error_of(main, ["--root", str(tmp_path), *flags.split(" ")], capsys)
-    assert not any(contents(tmp_path).values())
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "test"])
@@ -239,7 +229,7 @@ def copied_mnist(tmp_path, monkeypatch):
 
 
 def test_whole_archives_need_no_network_and_no_other_files(copied_mnist, mnist):
-    assert train.load_mnist(False)[0].equal(mnist[False][0])
+    assert train.load_mnist("test")[0].equal(mnist["test"][0])
     assert len(list(copied_mnist.iterdir())) == 4
 
 

@@ -35,7 +35,7 @@ def test_steps_grow_shorter_until_they_visit_every_t():
     assert [t for t, _, _ in generate.noise_levels(100, 100)] == list(range(99, -1, -1))
 
 
-def smooth_eps(x_t, t):
+def smooth_noise(x_t, t):
     """Something to predict: not linear in x_t, different at every t."""
     return torch.tanh(x_t) * (0.5 + t / 2000) + 0.1 * math.sin(t)
 
@@ -67,10 +67,10 @@ def test_sampler_agrees_with_diffusers_step_by_step(sampler, eta, steps, clip):
     levels = list(zip(reference.timesteps.tolist(), a, [*a[1:], 1.0], strict=True))
     theirs = noise = torch.randn(2, 1, 8, 8, generator=generator(CPU, "samples", 0))
     our_rng, their_rng = generator(CPU, "samples", 1), generator(CPU, "samples", 1)
-    function, _, _ = generate.SAMPLERS[sampler]
-    for ours, t in zip(function(smooth_eps, noise, levels, our_rng, eta, clip),
+    function = generate.SAMPLERS[sampler].function
+    for ours, t in zip(function(smooth_noise, noise, levels, our_rng, eta, clip),
                        reference.timesteps, strict=True):
-        eps = smooth_eps(theirs, t.item())
+        eps = smooth_noise(theirs, t.item())
         theirs = reference.step(eps, t, theirs, generator=their_rng, **more).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -78,7 +78,7 @@ def test_sampler_agrees_with_diffusers_step_by_step(sampler, eta, steps, clip):
 MEAN, STD = 0.3, 0.2
 
 
-def gaussian_eps(x_t, a):
+def gaussian_noise(x_t, a):
     """sigma_t (x_t - alpha_t MEAN) / (alpha_t^2 STD^2 + sigma_t^2): best for N(MEAN, STD^2)."""
     return math.sqrt(1 - a) * (x_t - math.sqrt(a) * MEAN) / (a * STD**2 + 1 - a)
 
@@ -88,8 +88,8 @@ def gaussian_eps(x_t, a):
 def test_sampler_recovers_a_gaussian(sampler, steps, eta):
     alphas_cumprod, rng = train.cumulative_alphas(1000).tolist(), generator(CPU, "samples", 0)
     noise = torch.randn(1, 1, 200, 200, generator=rng)
-    function, _, _ = generate.SAMPLERS[sampler]
-    *_, x = function(lambda x_t, t: gaussian_eps(x_t, alphas_cumprod[t]), noise,
+    function = generate.SAMPLERS[sampler].function
+    *_, x = function(lambda x_t, t: gaussian_noise(x_t, alphas_cumprod[t]), noise,
                      generate.noise_levels(1000, steps), rng, eta, clip=False)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x.std().item() == pytest.approx(STD, rel=0.03)
@@ -104,13 +104,14 @@ def test_error_of_deterministic_solver_falls_with_its_order(sampler, order):
     first, last = 0.01, 0.9
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     exact = math.sqrt(last) * MEAN + (x - math.sqrt(first) * MEAN) / scale(first) * scale(last)
-    function, errors = generate.SAMPLERS[sampler][0], []
+    function, errors = generate.SAMPLERS[sampler].function, []
+    rng = generator(CPU, "samples", 0)  # of no effect, since eta is 0
     for steps in (20, 40, 80):
         lambdas = torch.linspace(math.log(first / (1 - first)), math.log(last / (1 - last)),
                                  steps + 1, dtype=torch.float64)
         a = lambdas.sigmoid().tolist()
         levels = list(zip(a, a, a[1:], strict=False))  # here t is a
-        *_, result = function(gaussian_eps, x, levels, generator(CPU, "samples", 0), 0, clip=False)
+        *_, result = function(gaussian_noise, x, levels, rng, 0, clip=False)
         errors.append((result - exact).abs().max().item())
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
@@ -219,7 +220,8 @@ def test_grid_shows_every_image_in_order():
 def make(request, tmp_path):
     """A function that writes 13 digits to tmp_path / name, as 'generate.py --out' does."""
     torch.manual_seed(0)
-    write_checkpoint(tmp_path / "x.pth", train.SimpleUnet(request.param, widths=(8, 16)), 1)
+    model = train.SimpleUnet(channels=request.param, widths=(8, 16))
+    write_checkpoint(tmp_path / "x.pth", model, 1)
     flags = "--checkpoint_path {0}/x.pth --n_samples 13 --labels 3 1 4 --steps 4 --out {0}/"
 
     def make(name):

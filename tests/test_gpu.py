@@ -36,12 +36,12 @@ def test_a_run_goes_on_on_another_device(tmp_path, small_mnist):
 
 def test_a_captured_step_is_the_eager_one_bit_for_bit(mnist, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    images, labels = (values.to(CUDA) for values in mnist[True])
+    images, labels = (values.to(CUDA) for values in mnist["train"])
     captured, eager = (train.State(train.Settings(batch_size=64), CUDA) for _ in range(2))
-    eager.replay = functools.partial(train.update, eager)
+    eager.replay = functools.partial(train.training_step, eager)
     for state in (captured, eager):
-        for batch in train.batches_left(state, len(images))[:50]:
-            train.training_step(state, images[batch], labels[batch], 60)
+        for batch in train.epoch_batches(state.settings, 0, len(images), CUDA)[:50]:
+            train.take_step(state, images[batch], labels[batch], 60)
     assert captured.replay is not None and captured.total_loss.equal(eager.total_loss)
     for name in ("model", "average"):
         ours, theirs = (getattr(state, name).state_dict() for state in (captured, eager))
@@ -53,13 +53,14 @@ def test_the_loss_and_its_gradients_are_those_of_a_cpu(mnist):
     model, settings = train.SimpleUnet(), train.Settings()
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape)  # random also where training starts from zeros
-    images, labels = (values[:200] for values in mnist[True])
+    images, labels = (values[:200] for values in mnist["train"])
     t, noise = torch.arange(200) * 5, torch.randn(images.shape)
     losses, gradients = [], []
     for device in (CUDA, CPU):
         model.to(device).zero_grad()
         values = (value.to(device) for value in (images / 127.5 - 1, t, noise, labels))
-        loss = train.training_loss(model, *values, model.alphas_cumprod, settings)
+        alphas_cumprod = train.cumulative_alphas(1000).to(device)
+        loss = train.training_loss(model, *values, alphas_cumprod, settings)
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
@@ -68,7 +69,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_cpu(mnist):
 
 
 def test_the_error_on_test_images_is_that_of_a_cpu(mnist):
-    images, labels = (values[:1000] for values in mnist[False])
+    images, labels = (values[:1000] for values in mnist["test"])
     errors = []
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -1,4 +1,4 @@
-"""train.py: data, noise, network, loss, optimizers, the step, runs, the command line."""
+"""train.py: noise, network, data, loss, the step, runs, the command line."""
 import copy
 import gzip
 import os
@@ -10,19 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist,
-                      write_checkpoint)
+import torch.distributed as dist
+from conftest import (REPOSITORY, Oracle, call, error_of, read_csv, saved_state, use_small_mnist)
 from diffusers import DDPMScheduler
 from PIL import Image
 from scipy.special import logit
 from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import benchmark
 import generate
-import test
 import train
-from common import epoch_checkpoints, generator, load_tensors, replacing, seed_for, write_csv
+from common import InputError, epoch_checkpoints, generator, load_tensors
 
 CPU = torch.device("cpu")
 
@@ -45,7 +43,7 @@ def test_schedule_ends_in_noise_for_every_t(time_steps):
 
 def test_a_t_whose_last_beta_would_be_1_is_refused():
     assert train.linear_beta_schedule(1000)[-1] * 1000 / 20 >= 1
-    with pytest.raises(train.InputError, match="at least 21"):
+    with pytest.raises(InputError, match="at least 21"):
         train.linear_beta_schedule(20)
 
 
@@ -61,7 +59,7 @@ def test_forward_process_is_that_of_ddpm():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("image_size", [28, 32])
 def test_unet_keeps_the_shape(channels, image_size):
-    model = train.SimpleUnet(channels, image_size)
+    model = train.SimpleUnet(image_size, channels)
     x = torch.randn(2, channels, image_size, image_size)
     assert model(x, torch.tensor([0, 999]), torch.tensor([3, train.NULL_LABEL])).shape == x.shape
 
@@ -88,10 +86,10 @@ def test_unet_takes_the_same_share_of_every_t_alike(small_model):
 
 
 # ---- data ----
-@pytest.mark.parametrize("part, name, count", [(True, "train", 60000), (False, "t10k", 10000)])
+@pytest.mark.parametrize("part, name, count", [("train", "train", 60000), ("test", "t10k", 10000)])
 def test_data_is_what_the_archives_hold(mnist, part, name, count):
-    def content(kind, offset):
-        archive = REPOSITORY / f"mnist/MNIST/raw/{name}-{kind}-ubyte.gz"
+    def content(of, offset):
+        archive = REPOSITORY / f"mnist/MNIST/raw/{name}-{of}-ubyte.gz"
         return np.frombuffer(gzip.decompress(archive.read_bytes())[offset:], np.uint8)
 
     images, labels = mnist[part]
@@ -101,34 +99,10 @@ def test_data_is_what_the_archives_hold(mnist, part, name, count):
 
 
 def test_data_takes_other_sizes_and_channels(mnist):
-    images, _ = train.load_mnist(False, image_size=32, channels=3)
+    images, _ = train.load_mnist("test", 32, 3)
     assert images.shape == (10000, 3, 32, 32) and images.dtype == torch.uint8
     assert (images[:, 0] == images[:, 2]).all()
-    assert abs(images.float().mean() - mnist[False][0].float().mean()) < 1
-
-
-# ---- random numbers ----
-def test_a_seed_depends_on_every_part_of_its_key():
-    keys = [("order", 0, 1), ("step", 0, 1), ("order", 1, 1), ("order", 0, 2), ("order", 0)]
-    assert len({seed_for(*key) for key in keys}) == 5
-    first, again = (torch.randn(4, generator=generator(CPU, "step", 0, 1)) for _ in range(2))
-    assert first.equal(again)
-
-
-# ---- files ----
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"new")
-        raise RuntimeError
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_csv_can_be_read_back(tmp_path):
-    write_csv(tmp_path / "a/log.csv", [{"epoch": 1, "note": "a, b"}, {"epoch": 2, "note": ""}])
-    assert read_csv(tmp_path / "a/log.csv") == [{"epoch": "1", "note": "a, b"},
-                                                {"epoch": "2", "note": ""}]
+    assert abs(images.float().mean() - mnist["test"][0].float().mean()) < 1
 
 
 # ---- loss ----
@@ -143,19 +117,11 @@ def test_t_is_spread_evenly_over_a_logit_normal_distribution(batch_size, time_st
     assert (most >= i - 1e-3).all() and (least <= i + 1 + 1e-3).all()
 
 
-def knows_x_0(x_0, error=0.0):
-    """Return a network that predicts the noise in x_t with this error."""
-    def network(x_t, t, labels):
-        a = train.cumulative_alphas(1000)[t].view(-1, 1, 1, 1)
-        return ((x_t - a.sqrt() * x_0) / (1 - a).sqrt()).float() + error
-    return network
-
-
 @pytest.mark.parametrize("power", [0, 0.5, 1])
 def test_loss_is_the_squared_error_of_the_noise_weighted(power):
     x_0, noise = torch.rand(1, 1, 4, 4) * 2 - 1, torch.randn(500, 1, 4, 4)
     t, labels = torch.arange(500) * 2, torch.zeros(500, dtype=torch.int64)
-    loss = train.training_loss(knows_x_0(x_0, 0.5), x_0, t, noise, labels,
+    loss = train.training_loss(Oracle(x_0, 0.5), x_0, t, noise, labels,
                                train.cumulative_alphas(1000), train.Settings(loss_power=power))
     weights = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[::2] ** -float(power)
     assert loss.item() == pytest.approx(0.25 * weights.mean(), rel=1e-3)
@@ -181,42 +147,7 @@ def test_a_quarter_of_the_batch_learns_to_guide_itself():
     assert scale.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
-# ---- optimizers ----
-def kernels_of_several_shapes():
-    torch.manual_seed(0)
-    shapes = [(8, 4, 3, 3), (16, 8, 3, 3), (8, 4, 3, 3), (64, 4, 1, 1), (8, 16, 1, 1)]
-    return [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-
-
-def test_muon_agrees_with_torch(monkeypatch):
-    from torch.optim import _muon
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # the precision of ours
-    ours, theirs = kernels_of_several_shapes(), kernels_of_several_shapes()
-    matrices = [torch.nn.Parameter(kernel.detach().flatten(1)) for kernel in theirs]
-    muon = train.Muon(ours, 0.95)
-    reference = _muon.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0, ns_steps=3)
-    muon.rate.fill_(0.02)
-    for _ in range(5):
-        for kernel, matrix in zip(ours, matrices, strict=True):
-            kernel.grad = torch.randn_like(kernel)
-            matrix.grad = kernel.grad.flatten(1)
-        muon.step()
-        reference.step()
-    for kernel, matrix in zip(ours, matrices, strict=True):
-        torch.testing.assert_close(kernel.flatten(1), matrix, rtol=1e-4, atol=1e-5)
-
-
-def test_orthogonalizing_keeps_directions_and_evens_out_singular_values():
-    torch.manual_seed(0)
-    matrices = torch.randn(3, 16, 40)
-    result = train.orthogonalize(matrices)
-    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    middle = u.mT @ result @ vh.mT  # diagonal where the singular vectors are the same
-    values = middle.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(middle, torch.diag_embed(values), rtol=0, atol=1e-4)
-    assert 0.5 < values.min() and values.max() < 1.3
-
-
+# ---- the step ----
 def test_optimizers_take_every_weight_once(state):
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
     others = state.adamw.param_groups[0]["params"]
@@ -226,7 +157,6 @@ def test_optimizers_take_every_weight_once(state):
     assert all(kernel.ndim == 4 for kernel in kernels) and len(kernels) == 23
 
 
-# ---- the step ----
 @pytest.fixture
 def state():
     return train.State(train.Settings(), CPU)
@@ -236,7 +166,7 @@ def take_step(state, images=None, labels=None):
     """Take the next of 400 steps, by default on a black image."""
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8) if images is None else images
     labels = torch.tensor([3]) if labels is None else labels
-    train.training_step(state, images, labels, 400)
+    train.take_step(state, images, labels, 400)
 
 
 def test_a_step_shows_the_network_what_it_should(state):
@@ -275,7 +205,7 @@ def test_the_average_follows_the_weights(state):
 @pytest.mark.parametrize("step, factor", [
     (0, 0.01), (50, 0.51), (99, 1 - 99 / 400), (200, 0.5), (399, 1 / 400)])
 def test_learning_rates_rise_over_100_steps_and_fall_to_0(state, step, factor):
-    state.step = step
+    state.steps_taken = step
     take_step(state)
     assert state.muon.rate.item() == pytest.approx(factor * state.settings.muon_rate)
     rate = state.adamw.param_groups[0]["lr"]
@@ -304,9 +234,13 @@ def test_no_step_waits_for_the_device(state):
 
 # ---- runs ----
 def run_small(root, *flags):
-    """Train on 256 images in batches of 64; return the last checkpoint's model and content."""
+    """Train on 256 images in batches of 64; return what main returns."""
     size = [] if "--resume" in flags else ["--batch_size", "64"]
-    train.main(["--root", str(root), "--device", "cpu", *size, *map(str, flags)])
+    return train.main(["--root", str(root), "--device", "cpu", *size, *map(str, flags)])
+
+
+def last_checkpoint(root):
+    """Return the model and the content of the last checkpoint."""
     return generate.load_checkpoint([*epoch_checkpoints(root).values()][-1])
 
 
@@ -328,7 +262,8 @@ def test_a_run_depends_on_its_seed_alone(tmp_path, small_mnist):
 
 
 def test_checkpoints_come_as_promised(tmp_path, small_mnist):
-    _, checkpoint = run_small(tmp_path, "--n_epochs", 5, "--save_every", 2)
+    run_small(tmp_path, "--n_epochs", 5, "--save_every", 2)
+    _, checkpoint = last_checkpoint(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "latest.pth", "diffusion_epoch_2.pth", "diffusion_epoch_4.pth", "diffusion_epoch_5.pth"}
     assert set(checkpoint) == {"epoch", "model_state_dict", "loss", "config"}
@@ -343,14 +278,16 @@ def test_checkpoints_come_as_promised(tmp_path, small_mnist):
 
 @pytest.mark.parametrize("flag, value", [("image_size", 32), ("channels", 3), ("time_steps", 200)])
 def test_every_promised_flag_trains_and_samples(tmp_path, small_mnist, flag, value):
-    model, _ = run_small(tmp_path, "--n_epochs", 1, f"--{flag}", value)
+    run_small(tmp_path, "--n_epochs", 1, f"--{flag}", value)
+    model, _ = last_checkpoint(tmp_path)
     assert model.config[flag] == value
     images = generate.generate_samples(model, 1, n_samples=3, save_dir=tmp_path)
     assert images.shape == (3, model.config["channels"], *2 * [model.config["image_size"]])
 
 
 def test_the_width_of_the_network(tmp_path, small_mnist):
-    model, _ = run_small(tmp_path, "--n_epochs", 1, "--width", 8)
+    run_small(tmp_path, "--n_epochs", 1, "--width", 8)
+    model, _ = last_checkpoint(tmp_path)
     assert model.config["widths"] == (8, 16)
     assert model.mid1.conv1.weight.shape == (16, 16, 3, 3)
     run_small(tmp_path, "--n_epochs", 2, "--resume")
@@ -358,14 +295,14 @@ def test_the_width_of_the_network(tmp_path, small_mnist):
 
 # ---- stopping and resuming ----
 def stop_at(step, number):
-    """Return a training_step that sends this process a signal before it does the run's n-th."""
-    take_step = train.training_step
+    """Return a take_step that sends this process a signal before it takes the run's n-th."""
+    take_step = train.take_step
 
-    def training_step(state, *rest):
-        if state.step + 1 == step:
+    def signalling_take_step(state, *rest):
+        if state.steps_taken + 1 == step:
             os.kill(os.getpid(), number)
         take_step(state, *rest)
-    return training_step
+    return signalling_take_step
 
 
 @pytest.fixture(scope="module")
@@ -382,11 +319,9 @@ def whole_run(tmp_path_factory):
     (1, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         step, number, tmp_path, whole_run, small_mnist, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "training_step", stop_at(step, number))
-        run_small(tmp_path, "--n_epochs", 3, "--save_every", 1)
-    assert stop.value.code == 128 + number
-    assert signal.getsignal(number) == signal.SIG_DFL  # a second one would end it at once
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", stop_at(step, number))
+        assert run_small(tmp_path, "--n_epochs", 3, "--save_every", 1) == 128 + number
     assert f"train.py --root {tmp_path} --resume\n" in capsys.readouterr().err
     assert saved_state(tmp_path)["step"] == step  # the running step has ended
     run_small(tmp_path, "--resume")
@@ -399,24 +334,56 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_mnist, monkeypatch):
-    monkeypatch.setattr(train, "training_step", stop_at(4, signal.SIGTERM))
-    run_small(tmp_path, "--n_epochs", 1)
+    monkeypatch.setattr(train, "take_step", stop_at(4, signal.SIGTERM))
+    assert run_small(tmp_path, "--n_epochs", 1) is None
     assert saved_state(tmp_path)["step"] == 4 and list(epoch_checkpoints(tmp_path)) == [1]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, small_mnist, monkeypatch,
-                                                                 capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_as_ever_and_afterwards_so_does_the_first(number, monkeypatch):
+    received = []
+    before = signal.signal(number, lambda *arguments: received.append(number))
+    try:
+        with train.catch_signals() as signals:
+            os.kill(os.getpid(), number)
+            assert (signals, received) == ([number], [])
+            os.kill(os.getpid(), number)
+            assert (signals, received) == ([number], [number])
+        with pytest.raises(ZeroDivisionError), train.catch_signals():
+            raise ZeroDivisionError
+        os.kill(os.getpid(), number)
+        assert received == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def spoil(what, step):
+    """Return a training_loss of which the loss or its gradients are infinite in the n-th step."""
     loss_of, calls = train.training_loss, []
 
     def training_loss(*arguments):
         calls.append(1)
-        return loss_of(*arguments) * (float("nan") if len(calls) == 6 else 1)
+        loss = loss_of(*arguments)
+        if len(calls) == step and what == "loss":
+            return loss * torch.inf
+        if len(calls) == step:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+    return training_loss
 
-    monkeypatch.setattr(train, "training_loss", training_loss)
+
+@pytest.mark.parametrize("what", ["loss", "gradients"])
+@pytest.mark.parametrize("step, epoch, saved", [(6, 2, 5), (12, 3, 11)])
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(
+        what, step, epoch, saved, tmp_path, small_mnist, monkeypatch, capsys):
+    monkeypatch.setattr(train, "training_loss", spoil(what, step))
     monkeypatch.setattr(train, "SAVE_INTERVAL", 0)
     flags = "--n_epochs 3 --batch_size 64 --save_every 1 --device cpu".split()
-    assert "epoch 2" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
-    assert list(epoch_checkpoints(tmp_path)) == [1] and saved_state(tmp_path)["step"] == 5
+    assert f"epoch {epoch}" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
+    assert list(epoch_checkpoints(tmp_path)) == [*range(1, epoch)]
+    state = saved_state(tmp_path)
+    assert state["step"] == saved
+    assert all(values.isfinite().all() for values in state["model"].values())
 
 
 def test_a_finished_run_goes_on_when_asked_for_more(tmp_path, whole_run, small_mnist, capsys):
@@ -434,7 +401,7 @@ def test_a_finished_run_goes_on_when_asked_for_more(tmp_path, whole_run, small_m
 def test_the_state_is_saved_first_of_all_and_from_time_to_time(tmp_path, small_mnist, monkeypatch):
     steps, save_state = [], train.save_state
     monkeypatch.setattr(train, "save_state", lambda state, root: (
-        steps.append(state.step), save_state(state, root)))
+        steps.append(state.steps_taken), save_state(state, root)))
     run_small(tmp_path / "seldom", "--n_epochs", 1)
     monkeypatch.setattr(train, "SAVE_INTERVAL", 0)
     run_small(tmp_path / "often", "--n_epochs", 1)
@@ -471,6 +438,20 @@ def test_two_processes_do_what_one_does_and_resume_each_other(small_repository, 
                               "--n_epochs", 2)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_several_processes_do_not_exchange_the_schedule(process_group):
+    state = train.State(train.Settings(width=8), CPU)
+    assert not state.network.will_sync_module_buffers()
+    take_step(state)
+
+
 def test_torchrun_deals_out_the_gpus(monkeypatch):
     asked = []
     monkeypatch.setattr(train, "dist", SimpleNamespace(
@@ -478,7 +459,7 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
         init_process_group=lambda: asked.append("group")))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     assert train.start_processes("cuda") == torch.device("cuda:1")
-    assert asked == ["cuda:1", "group"]
+    assert asked == [torch.device("cuda:1"), "group"]
     assert train.start_processes("cpu") == CPU
 
 
@@ -486,7 +467,8 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
 def test_a_single_process_takes_the_gpu_it_is_told(device, chosen, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    assert train.start_processes(device) == torch.device(chosen) and asked == [chosen]
+    assert train.start_processes(device) == torch.device(chosen)
+    assert asked == [torch.device(chosen)]
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(small_repository):
@@ -531,45 +513,3 @@ def test_train_as_a_user_runs_it(trained):
     assert "on cpu" in done.stdout and "epoch 2/2" in done.stderr and "images/s" in done.stderr
     assert (folder / "checkpoints/diffusion_epoch_2.pth").exists()
     assert (folder / "datas/train_log.csv").exists() and (folder / "datas/train_log.png").exists()
-
-
-def test_benchmark_of_training(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
-    benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    names = re.findall(r"^(.+?)  +\d+ ", printed, re.MULTILINE)
-    assert names[:2] == ["training", "textbook float32"] and names[-1] == "matrix product"
-    assert re.search(r"training is \d+\.\d+ times the textbook loop's rate", printed)
-    mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
-    forwards = 92.5  # twice as much backwards, a quarter for guidance, and 414 MFLOP of Muon a step
-    assert mflop == pytest.approx(3.25 * forwards + 414 / 8, rel=0.03)
-
-
-@pytest.mark.parametrize("what, rows", [
-    ("guidance", len(benchmark.GUIDANCE)), ("floors", 2), ("usefulness", 2)])
-def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
-    given = []
-
-    def classifier(images, labels, seed):
-        given.append((images.shape, labels.tolist()))
-        return test.load_classifier(CPU)
-
-    monkeypatch.setattr(benchmark, "train_classifier", classifier)
-    path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
-    benchmark.TABLES[what](SimpleNamespace(checkpoint_path=path, n_samples=20, seeds=1), CPU)
-    header, _, *lines = capsys.readouterr().out.strip().partition("\n\n")[2].split("\n")
-    assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
-    if what == "usefulness":
-        real, made = given
-        assert real == made and real[0] == (20, 1, 28, 28)
-
-
-@pytest.mark.parametrize("name", benchmark.RECIPES)
-def test_benchmark_of_the_recipe_trains_by_every_variant(name, mnist):
-    few = [values[:64] for values in mnist[True]]
-    settings = train.Settings(n_epochs=2, batch_size=16, warmup_steps=1)
-    average = benchmark.train_variant(name, settings, *few)
-    assert all(p.isfinite().all() for p in average.parameters())
-    usual = benchmark.train_variant("the recipe", settings, *few)
-    same = [p.equal(q) for p, q in zip(average.parameters(), usual.parameters(), strict=True)]
-    assert all(same) == (name == "the recipe")

@@ -1,12 +1,12 @@
 """Measure speed, and what generated digits, samplers, guidance and the recipe are worth.
 
-    python tests/benchmark.py training    images a second, beside a textbook loop: minutes
-    python tests/benchmark.py sampling    digits a second, beside the network alone: minutes
-    python tests/benchmark.py samplers    distance and time of every sampler: hours on a CPU
-    python tests/benchmark.py guidance    digits at several strengths of guidance: minutes
-    python tests/benchmark.py floors      distances among real digits: seconds
-    python tests/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
-    python tests/benchmark.py recipe      digits without one choice of the recipe at a time: hours
+    python docs/benchmark.py training    images a second, beside a textbook loop: minutes
+    python docs/benchmark.py sampling    digits a second, beside the network alone: minutes
+    python docs/benchmark.py samplers    distance and time of every sampler: hours on a CPU
+    python docs/benchmark.py guidance    digits at several strengths of guidance: minutes
+    python docs/benchmark.py floors      distances among real digits: seconds
+    python docs/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
+    python docs/benchmark.py recipe      digits without one choice of the recipe at a time: hours
 """
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ from torchvision.transforms import ToTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
-from common import REPOSITORY, bounded, has_bf16, make_parser
-from generate import CHUNK, SAMPLERS, load_checkpoint, noise_predictor, sample
+from common import REPOSITORY, add_flag, bounded, has_bf16, make_parser, run_script
+from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, noise_predictor, sample)
 from test import (classify, frechet_distance, latent_features, load_classifier, mnist_pixels,
                   share_inside, spread_labels, train_classifier)
 
@@ -65,7 +65,7 @@ def rates(tasks, device, rounds=7):
             if number > 0:
                 result[name].append(amount / taken)
     for name, values in result.items():
-        print(f"{name:18}{statistics.median(values):9.0f} {tasks[name][2]}/s  "
+        print(f"{name:24}{statistics.median(values):9.0f} {tasks[name][2]}/s  "
               f"({min(values):.0f} to {max(values):.0f})")
     return result
 
@@ -83,13 +83,13 @@ def peak_memory(device):
 
 
 def our_training(state, images, labels):
-    """Take TRAINING_STEPS steps as train.py does."""
-    state.step = 0
-    for batch in train.batches_left(state, len(images))[:TRAINING_STEPS]:
-        train.training_step(state, images[batch], labels[batch], 10**6)
+    """Take TRAINING_STEPS steps as train.py does, on the first batches of an epoch."""
+    batches = train.epoch_batches(state.settings, 0, len(images), images.device)
+    for batch in batches[:TRAINING_STEPS]:
+        train.take_step(state, images[batch], labels[batch], total_steps=10**6)
 
 
-def textbook_batches(batch_size):
+def loaded_batches(batch_size):
     """Yield batches of images in [0, 1] and labels without end, as tutorials load them."""
     mnist = MNIST(REPOSITORY / "mnist", transform=ToTensor(), download=True)
     loader = DataLoader(mnist, batch_size, shuffle=True, num_workers=min(4, os.cpu_count()),
@@ -98,12 +98,24 @@ def textbook_batches(batch_size):
         yield from loader
 
 
+def kept_batches(images, labels, batch_size):
+    """Yield the same from tensors that are on the device already."""
+    while True:
+        order = torch.randperm(len(images), device=images.device)
+        for batch in order.split(batch_size)[:len(images) // batch_size]:
+            yield images[batch] / 255, labels[batch]
+
+
 def textbook_training(model, optimizer, batches, device, bf16):
-    """Take TRAINING_STEPS steps in the loop that tutorials show, in bfloat16 or float32."""
+    """Take TRAINING_STEPS steps in the loop that tutorials show, in bfloat16 or float32.
+
+    batches: an endless generator of (images, labels).
+    """
+    alphas_cumprod = train.cumulative_alphas(1000).to(device)
     for _, (images, labels) in zip(range(TRAINING_STEPS), batches, strict=False):
         x_0, labels = images.to(device) * 2 - 1, labels.to(device)
         noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
-        x_t = train.forward_diffusion_sample(x_0, t, noise, model.alphas_cumprod)
+        x_t = train.forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = F.mse_loss(model(x_t, t, labels).float(), noise)
         optimizer.zero_grad()
@@ -115,41 +127,59 @@ def textbook_training(model, optimizer, batches, device, bf16):
 def flops_of_an_image(state, images, labels):
     """Return the floating point operations of a training step, for each of its images."""
     with FlopCounterMode(display=False) as counter:
-        train.update(state, images, labels)
+        train.training_step(state, images, labels)
     return counter.get_total_flops() / len(images)
 
 
+def textbook_tasks(images, labels, batch_size):
+    """Return {name: function} of textbook loops, in all types that the device computes in.
+
+    On a GPU also with the images kept there: else the DataLoader decides how fast the loop is.
+    """
+    device, tasks = images.device, {}
+    loaders = {"textbook": loaded_batches(batch_size)}
+    if device.type == "cuda":
+        loaders["textbook, kept"] = kept_batches(images, labels, batch_size)
+    for loader, batches in loaders.items():
+        for number_type in ("float32", "bfloat16") if has_bf16(device) else ("float32",):
+            model = train.SimpleUnet().to(device)
+            tasks[f"{loader} {number_type}"] = functools.partial(
+                textbook_training, model, torch.optim.Adam(model.parameters(), 1e-3), batches,
+                device, number_type == "bfloat16")
+    return tasks
+
+
+def saving_time(state):
+    """Return the seconds that the state takes to save, with a log of 1,000 epochs."""
+    state.log = [dict(epoch=n, loss=1 / n, seconds=1.0) for n in range(1, 1001)]
+    with tempfile.TemporaryDirectory() as folder:
+        return statistics.median(seconds(lambda: train.save_state(state, Path(folder)),
+                                         state.rng.device) for _ in range(7))
+
+
 def training_speed(args, device):
-    """Print images a second of training, beside the textbook loop and a matrix product."""
-    images, labels = train.load_mnist(True, device=device)
+    """Print images a second of training, beside textbook loops and a matrix product."""
+    images, labels = train.load_mnist("train", device=device)
     state = train.State(train.Settings(batch_size=args.batch_size), device)
     flops = flops_of_an_image(state, images[:args.batch_size], labels[:args.batch_size])
     ours = functools.partial(our_training, state, images, labels)
     ours()
-    memory = peak_memory(device)  # before the textbook loop adds its own
+    memory = peak_memory(device)  # before the textbook loops add their own
     n = args.batch_size * TRAINING_STEPS
-    tasks = {"training": (ours, n, "images")}
-    types = {"float32": False, "bfloat16": True} if has_bf16(device) else {"float32": False}
-    for name, bf16 in types.items():
-        model = train.SimpleUnet().to(device)
-        tasks[f"textbook {name}"] = functools.partial(
-            textbook_training, model, torch.optim.Adam(model.parameters(), 1e-3),
-            textbook_batches(args.batch_size), device, bf16), n, "images"
+    textbooks = textbook_tasks(images, labels, args.batch_size)
+    tasks = {name: (task, n, "images") for name, task in {"training": ours, **textbooks}.items()}
     side = 16384 if device.type == "cuda" else 2048  # enough for full speed
     matrix = torch.randn(side, side, device=device).to(
         torch.bfloat16 if has_bf16(device) else torch.float32)
     tasks["matrix product"] = lambda: matrix @ matrix, 2 * side**3 / 1e9, "GFLOP"
     measured = rates(tasks, device)
-    ratios = [f"{ratio(measured['training'], measured[f'textbook {name}']):.2f}" for name in types]
+    for name in textbooks:
+        print(f"training is {ratio(measured['training'], measured[name]):.2f} times as fast as "
+              f"{name}")
     share = ratio(measured["training"], measured["matrix product"]) * flops / 1e9
-    print(f"training is {ratios[0]} times the textbook loop's rate"
-          + (f", {ratios[1]} times that of one in bfloat16" if len(ratios) > 1 else ""))
     print(f"{flops / 1e6:.0f} MFLOP an image make {share:.0%} of the matrix product's; "
           f"peak memory {memory:.0f} MiB")
-    with tempfile.TemporaryDirectory() as folder:
-        state.log = [dict(epoch=n, loss=1 / n, seconds=1.0) for n in range(1, 1001)]
-        saving = statistics.median(seconds(lambda: train.save_state(state, Path(folder)), device)
-                                   for _ in range(7))
+    saving = saving_time(state)
     print(f"saving the state takes {saving:.2f} s, every {train.SAVE_INTERVAL} s: "
           f"{saving / train.SAVE_INTERVAL:.1%}")
 
@@ -158,15 +188,16 @@ def training_speed(args, device):
 def sampling_speed(args, device):
     """Print digits a second of the default sampler, and of the network alone, as often."""
     model, _ = load_checkpoint(args.checkpoint_path, device)
-    digits, steps = 10 * CHUNK, SAMPLERS["dpm"][1]
+    digits = 10 * CHUNK
+    steps = SAMPLERS[DEFAULT_SAMPLER].steps
     labels = torch.arange(digits) % 10
-    eps = noise_predictor(model, labels[:CHUNK].to(device), guidance=1)
+    predict_noise = noise_predictor(model, labels[:CHUNK].to(device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
     x_t = torch.randn(CHUNK, channels, size, size, device=device)
 
     def network():
         for i in range(digits // CHUNK * steps):
-            eps(x_t, 80 * (i % steps))
+            predict_noise(x_t, 80 * (i % steps))
 
     measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
                       "network alone": (network, digits, "digits")}, device)
@@ -182,7 +213,7 @@ def make_judge(device, n_samples):
     It returns accuracy, classifier FID, precision and recall.
     """
     classifier = load_classifier(device)
-    images, true_labels = train.load_mnist(False, device=device)
+    images, true_labels = train.load_mnist("test", device=device)
     real, _ = classify(classifier, mnist_pixels(images))
     labels = spread_labels(true_labels, n_samples)
 
@@ -243,7 +274,7 @@ def floor_table(args, device):
     model, _ = load_checkpoint(args.checkpoint_path, device)
     classifier = load_classifier(device)
     form = model.config["image_size"], model.config["channels"], device
-    train_images, test_images = (train.load_mnist(part, *form)[0] for part in (True, False))
+    train_images, test_images = (train.load_mnist(part, *form)[0] for part in ("train", "test"))
 
     def features(images):
         return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
@@ -263,8 +294,9 @@ def usefulness_table(args, device):
     Vinyals 2019).
     """
     model, _ = load_checkpoint(args.checkpoint_path, device)
-    images, labels = (values[:args.n_samples] for values in train.load_mnist(True, device=device))
-    test_images, test_labels = train.load_mnist(False, device=device)
+    images, labels = train.load_mnist("train", device=device)
+    images, labels = images[:args.n_samples], labels[:args.n_samples]
+    test_images, test_labels = train.load_mnist("test", device=device)
     print(f"trained on {len(images):,} digits; {args.seeds} seeds\n\n| | test digits read right |"
           "\n|---|---|")
 
@@ -316,17 +348,15 @@ def train_variant(name, settings, images, labels):
         change(state)
     steps = settings.n_epochs * (len(images) // settings.batch_size)
     for epoch in range(settings.n_epochs):
-        state.log = [None] * epoch
-        for batch in train.batches_left(state, len(images)):
-            train.training_step(state, images[batch], labels[batch],
-                                steps if falling else math.inf)
+        for batch in train.epoch_batches(settings, epoch, len(images), images.device):
+            train.take_step(state, images[batch], labels[batch], steps if falling else math.inf)
     return state.average
 
 
 def recipe_table(args, device):
     """Train with one choice at a time taken back; print what the digits are worth then."""
     wanted, judge = make_judge(device, args.n_samples)
-    images, labels = train.load_mnist(True, device=device)
+    images, labels = train.load_mnist("train", device=device)
     print(f"{args.n_epochs} epochs, batch {args.batch_size}; {args.n_samples:,} digits, "
           f"{args.seeds} seeds\n\n| | accuracy | classifier FID |\n|---|---|---|")
     for name in RECIPES:
@@ -347,7 +377,8 @@ TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sa
 
 
 def main(argv=None):
-    parser, add = make_parser(__doc__)
+    parser = make_parser(__doc__)
+    add = functools.partial(add_flag, parser)
     parser.add_argument("what", choices=TABLES)
     add("checkpoint_path", "to sample", REPOSITORY / "checkpoints/pretrained.pth", type=Path)
     add("batch_size", "images in a training step", 128, type=bounded(int, 1, 2000))
@@ -366,4 +397,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,0 +1,55 @@
+"""docs/benchmark.py: its tables, of few digits and steps."""
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import write_checkpoint
+
+import benchmark
+import test
+import train
+
+CPU = torch.device("cpu")
+
+
+def test_benchmark_of_training(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
+    benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    names = re.findall(r"^(.+?)  +\d+ ", printed, re.MULTILINE)
+    assert names[:2] == ["training", "textbook float32"] and names[-1] == "matrix product"
+    assert re.search(r"training is \d+\.\d+ times as fast as textbook float32", printed)
+    mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
+    forwards = 92.5  # twice as much backwards, a quarter for guidance, and 414 MFLOP of Muon a step
+    assert mflop == pytest.approx(3.25 * forwards + 414 / 8, rel=0.03)
+
+
+@pytest.mark.parametrize("what, rows", [
+    ("guidance", len(benchmark.GUIDANCE)), ("floors", 2), ("usefulness", 2)])
+def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
+    given = []
+
+    def classifier(images, labels, seed):
+        given.append((images.shape, labels.tolist()))
+        return test.load_classifier(CPU)
+
+    monkeypatch.setattr(benchmark, "train_classifier", classifier)
+    path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
+    benchmark.TABLES[what](SimpleNamespace(checkpoint_path=path, n_samples=20, seeds=1), CPU)
+    header, _, *lines = capsys.readouterr().out.strip().partition("\n\n")[2].split("\n")
+    assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
+    if what == "usefulness":
+        real, made = given
+        assert real == made and real[0] == (20, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", benchmark.RECIPES)
+def test_benchmark_of_the_recipe_trains_by_every_variant(name, mnist):
+    few = [values[:64] for values in mnist["train"]]
+    settings = train.Settings(n_epochs=2, batch_size=16, warmup_steps=1)
+    average = benchmark.train_variant(name, settings, *few)
+    assert all(p.isfinite().all() for p in average.parameters())
+    usual = benchmark.train_variant("the recipe", settings, *few)
+    same = [p.equal(q) for p, q in zip(average.parameters(), usual.parameters(), strict=True)]
+    assert all(same) == (name == "the recipe")

@@ -1,0 +1,98 @@
+"""common.py: errors, random numbers, files."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import read_csv
+
+from common import (REPOSITORY, InputError, blaming, generator, load_tensors, prepare_folder,
+                    replacing, run_script, save_tensors, seed_for, write_csv)
+
+CPU = torch.device("cpu")
+
+
+# ---- errors ----
+@pytest.mark.parametrize("result, code", [(None, 0), (130, 130)])
+def test_a_script_ends_with_the_exit_code_that_its_main_returns(result, code):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: result)
+    assert (stop.value.code or 0) == code
+
+
+def test_python_sees_bad_input_as_an_ordinary_exception():
+    assert issubclass(InputError, Exception)
+
+
+def run_main(folder, line, more=""):
+    """Run a script whose main() is this line, in a shell that goes on with more of a command."""
+    script = folder / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY / 'src')!r})\n"
+                      "from common import InputError, run_script\n"
+                      f"def main():\n    {line}\nrun_script(main)\n")
+    command = f"set -o pipefail; {sys.executable} {script} {more}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+
+
+def test_bad_input_is_one_line_and_no_traceback(tmp_path):
+    done = run_main(tmp_path, "raise InputError('--flag is wrong')")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "--flag is wrong\n")
+
+
+def test_a_reader_of_the_output_may_end_before_the_script(tmp_path):
+    done = run_main(tmp_path, "[print(n, flush=True) for n in range(100_000)]", "| head -n 1")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "0\n", "")
+
+
+def test_errors_of_a_file_name_it_and_keep_their_first_line(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(InputError) as stop, blaming(path, "make it anew"):
+        raise ValueError("so wrong\nand more of it")
+    assert str(stop.value) == f"{path} cannot be read (ValueError: so wrong): make it anew"
+    with pytest.raises(InputError) as stop, blaming(path, "make it anew"):
+        path.read_bytes()
+    assert str(stop.value) == f"{path} does not exist: make it anew"
+
+
+# ---- random numbers ----
+def test_a_seed_depends_on_every_part_of_its_key():
+    keys = [("order", 0, 1), ("step", 0, 1), ("order", 1, 1), ("order", 0, 2), ("order", 0)]
+    assert len({seed_for(*key) for key in keys}) == 5
+    first, again = (torch.randn(4, generator=generator(CPU, "step", 0, 1)) for _ in range(2))
+    assert first.equal(again)
+
+
+# ---- files ----
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_or_said_to_be_no_place_to_write(tmp_path):
+    prepare_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/b"):
+        prepare_folder(tmp_path / "file/b")
+
+
+def test_tensors_can_be_read_back_unless_a_bit_has_changed(tmp_path):
+    path = tmp_path / "a/tensors.pth"
+    save_tensors(path, {"values": torch.arange(1000), "epoch": 3})
+    content = load_tensors(path)
+    assert content["values"].equal(torch.arange(1000)) and content["epoch"] == 3
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="check sum"):
+        load_tensors(path)
+
+
+def test_csv_can_be_read_back(tmp_path):
+    write_csv(tmp_path / "a/log.csv", [{"epoch": 1, "note": "a, b"}, {"epoch": 2, "note": ""}])
+    assert read_csv(tmp_path / "a/log.csv") == [{"epoch": "1", "note": "a, b"},
+                                                {"epoch": "2", "note": ""}]
