@@ -4,8 +4,10 @@ import contextlib
 import csv
 import io
 import os
+import pickle
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class InputError(Exception):
 def run_script(main):
     """Call a script's main() and end the process with the exit code that it returns.
 
-    Here, and nowhere else, bad input becomes one line on stderr and an exit code.
+    This is the one place where an InputError becomes a line on stderr and an exit code of 1.
     """
     try:
         code = main()
@@ -40,17 +42,18 @@ def run_script(main):
 def blaming(path, advice):
     """Turn any error in the block into an InputError that names the path and what to do.
 
-    A damaged or foreign file can raise nearly anything. So nothing belongs into the block that can
-    fail for another reason than the file's content.
+    A damaged or foreign file can raise nearly anything. So only what depends on the file belongs in
+    the block; that memory is short is never the file's fault.
     """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} does not exist: {advice}") from error
     except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {text}): "
-                         f"{advice}") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise InputError(f"{path} cannot be read ({reason}): {advice}") from error
 
 
 # ---- devices and random numbers ----
@@ -63,14 +66,14 @@ def has_bf16(device):
         cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-PURPOSES = ["order", "step", "samples", "evaluation"]
+PURPOSES = ["order", "step", "samples", "evaluation"]  # their places are part of every seed
 
 
 def seed_for(purpose, seed, *numbers):
     """Return a seed of 64 bits for one purpose: say, for step n of the run with this seed.
 
-    Whatever needs random numbers derives them so, from what it is and not from what was drawn
-    before it. That is why a resumed run draws what an uninterrupted one would have drawn.
+    Nothing depends on what was drawn before it. So a resumed run draws what an uninterrupted one
+    would have drawn.
     """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()
@@ -92,7 +95,7 @@ def writing(path):
         yield
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
-                         "another place; what it held is kept") from error
+                         "another place; no old file is lost") from error
 
 
 def prepare_folder(folder):
@@ -143,7 +146,10 @@ def load_tensors(path):
         # torch.load does not look at the check sums: a flipped bit would be taken for a weight
         if file.testzip():
             raise ValueError("a check sum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text says how to execute the file after all
+        raise ValueError("it holds more than plain types and tensors") from None
 
 
 def write_csv(path, rows):
@@ -166,7 +172,7 @@ def epoch_checkpoints(root):
 
 # ---- flags ----
 def bounded(convert, minimum, maximum=10**9):
-    """Return an argparse type: what convert, int or float, makes of a text, within the bounds."""
+    """Return an argparse type: convert, int or float, refusing what is out of bounds."""
     def number(text):  # a text that cannot be converted is an "invalid number value" to argparse
         value = convert(text)
         if not minimum <= value <= maximum:

@@ -126,15 +126,21 @@ def noise_predictor(model, labels, guidance):
     return predict_noise
 
 
-def check_settings(model, labels, sampler, steps):
+def check_steps(model, steps):
+    """Raise InputError for a number of steps that the model's schedule does not allow."""
+    if not 1 <= steps <= model.config["time_steps"]:
+        raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
+                         f"steps, not {steps}")
+
+
+def check_request(model, labels, sampler, steps):
     """Raise InputError for labels, a sampler or steps that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
         raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler}")
-    if steps is not None and not 1 <= steps <= model.config["time_steps"]:
-        raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
-                         f"steps, not {steps}")
+    if steps is not None:
+        check_steps(model, steps)
 
 
 @torch.no_grad()
@@ -145,9 +151,9 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     The frames show x_t after n_frames of the steps, or after all if there are fewer; the last is
     the clean image. steps and eta are by default the sampler's. On one machine image i depends on
     i, the seed, labels[i] and these settings alone: every chunk of digits has random numbers of its
-    own, and the last one is filled up to the full size. Raises InputError as check_settings does.
+    own, and the last one is filled up to the full size. Raises InputError as check_request does.
     """
-    check_settings(model, labels, sampler, steps)
+    check_request(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
     chosen = SAMPLERS[sampler]
     steps = steps or min(chosen.steps or config["time_steps"], config["time_steps"])
@@ -259,6 +265,7 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
     if checkpoint_path:
         model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
         epoch = checkpoint["epoch"]
+    prepare_folder(Path(save_dir))
     chosen = choose_labels(n_samples, labels, seed)
     frames = sample(model, chosen, seed=seed, **settings)
     write_digits(grid_path(save_dir, epoch), frames, chosen, count_columns(n_samples, labels))
@@ -304,12 +311,11 @@ def main(argv=None):
     labels = choose_labels(args.n_samples, args.labels, args.seed)
     columns = count_columns(args.n_samples, args.labels)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
-    grids = args.root / "generated_samples"
-    prepare_folder(args.out.parent if args.out else grids)
     for path in paths[-1:] if args.out else paths:
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, model.config, path)
-        out = args.out or grid_path(grids, checkpoint["epoch"])
+        out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
+        prepare_folder(out.parent)
         frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
                         args.eta, n_frames=50 if out.suffix == ".gif" else 1)
         write_digits(out, frames, labels, columns)

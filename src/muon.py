@@ -2,8 +2,8 @@
 
 A kernel's gradient, seen as a matrix, has a few large singular values and many small ones. A step
 along it learns fast in a few directions and hardly at all in the others. Muon replaces the large
-ones by values near 1: the directions stay, and all of them are learnt equally fast. What that is
-worth here stands in docs/measurements.md.
+ones by values near 1, and the small ones grow: the directions stay, and many of them are learnt
+equally fast. What that is worth here stands in docs/measurements.md.
 
 The method: https://kellerjordan.github.io/posts/muon/
 """

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generator, has_bf16,
                     load_tensors, make_parser, prepare_folder, refuse_contradictions, replacing,
                     run_script, save_tensors, write_csv)
-from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, check_settings, draw_grid,
+from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, check_steps, draw_grid,
                       find_checkpoints, load_checkpoint, sample)
 from train import NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist
 
@@ -184,8 +184,8 @@ class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
     train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    an image nearer to a training image than 99 % of the test images of the same digit are. Each
-    digit has its own threshold, because ones lie much nearer to each other than eights.
+    an image nearer to a training image than 99 % of the test images of the digit that it is read
+    as. Each digit has its own threshold, because ones lie much nearer to each other than eights.
     """
 
     def __init__(self, classifier, latent_model, train, test):
@@ -233,7 +233,7 @@ def pick_images(images, labels, wanted):
 
 
 def real_row(judge, labels):
-    """Return the mark, a row of what as many training images get as there are labels (N,).
+    """Return the mark: the metrics of as many training images as there are labels (N,).
 
     Its copies are those among the test images, since every training image is one of itself.
     """
@@ -362,7 +362,7 @@ def run_evaluation(args, device):
     """Evaluate the checkpoints that the flags ask for; print and write the results as they come."""
     models = load_models(args, device)
     last_path, last_model, last_epoch = models[-1]
-    check_settings(last_model, torch.tensor([0]), DEFAULT_SAMPLER, args.steps)
+    check_steps(last_model, args.steps)
     datas = args.root / "datas"
     prepare_folder(datas)
     judge = make_judge(last_model, device)
@@ -376,14 +376,14 @@ def run_evaluation(args, device):
     table, evaluations = [mark | conditions], []
     for _, model, epoch in models:
         rows, pairs = evaluate(model, epoch, judge, labels, args.steps, seeds, args.batch_size)
-        print_rows(rows)
         evaluations.append(rows)
         table += [row | conditions for row in rows]
         write_csv(datas / "metrics.csv", table)
         plot_metrics(datas / "metrics.png", mark, evaluations)
         with replacing(datas / f"metrics_closest_{epoch}.png") as file:
             draw_grid(pairs.cpu(), 10).save(file, format="png")
-    print(f"{datas}: metrics.csv, metrics.png, metrics_closest_{epoch}.png")
+        print_rows(rows)
+    print(f"{datas}: metrics.csv, metrics.png and, for each epoch, metrics_closest_{{epoch}}.png")
 
 
 def main(argv=None):
@@ -393,8 +393,9 @@ def main(argv=None):
     if args.train_classifier:
         make_classifier(device, args.seed)
     else:
-        # float32 in full, without TF32, so that machines agree
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        # without TF32, that is in float32 throughout, so that machines agree
+        with (torch.inference_mode(),
+              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
             run_evaluation(args, device)
 
 

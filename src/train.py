@@ -35,7 +35,10 @@ NULL_LABEL = 10  # stands for "any digit"
 # ---- settings ----
 @dataclasses.dataclass
 class Settings:
-    """What makes a run what it is. What each choice of the recipe is worth: docs/measurements.md"""
+    """All that determines a run beside the code and the device.
+
+    What each choice of the recipe is worth stands in docs/measurements.md.
+    """
     # what flags say
     n_epochs: int = 1000
     save_every: int = 10  # epochs between checkpoints
@@ -52,9 +55,8 @@ class Settings:
     t_mean: float = -0.8
     t_std: float = 1.0
 
-    # The loss weighs the error of the predicted noise by alphas_cumprod ** -loss_power. An error
-    # there is multiplied by sqrt(1 - a) / sqrt(a) on its way to the clean image, so errors at large
-    # t matter more than DDPM's loss, whose power is 0, says.
+    # The loss weighs the squared error of the noise by alphas_cumprod ** -loss_power. DDPM's is 0.
+    # The same error of the noise spoils the clean image the more, the larger t is.
     loss_power: float = 0.5
 
     # The share of labels that are hidden, so that the network also learns to predict without one.
@@ -63,14 +65,14 @@ class Settings:
     # For some t the network learns to predict as if guided in sampling by 1 / (1 - model_guidance).
     model_guidance: float = 0.5
 
-    # Learning rates at their peak. They rise for warmup_steps steps, and then fall to 0 at the end.
+    # Learning rates rise towards these in warmup_steps steps, and fall to 0 over the whole run.
     muon_rate: float = 0.02
     adamw_rate: float = 0.007
     warmup_steps: int = 100
 
     muon_momentum: float = 0.95
     adamw_betas: tuple = (0.9, 0.99)
-    max_norm: float = 1.0  # all gradients together are shortened to this length
+    max_norm: float = 1.0  # all gradients together are shortened to at most this length
     ema_decay: float = 0.9999  # of the average of the weights, at most: see set_rates
 
 
@@ -85,9 +87,9 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
     """Return MNIST's "train" or "test" part whole, on the device.
 
     images: (N, C, H, W) uint8, resized bilinearly with antialiasing where the size is not 28,
-    grey copied to all channels; labels: (N,) int64. They take 47 MB and stay on the device, so that
-    no step waits for data. Raises InputError where an archive is damaged, or is missing and cannot
-    be downloaded.
+    grey copied to all channels; labels: (N,) int64. As they are, the training images take 47 MB, so
+    they can stay on the device and no step waits for data. Raises InputError where an archive is
+    damaged, or is missing and cannot be downloaded.
     """
     folder = REPOSITORY / "mnist/MNIST/raw"
     name = {"train": "train", "test": "t10k"}[part]
@@ -96,8 +98,8 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
             MNIST(REPOSITORY / "mnist", download=True)
         images = read_archive(folder / f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
         labels = read_archive(folder / f"{name}-labels-idx1-ubyte.gz", 8).long()
-    parts = [resize(part, [image_size, image_size]) for part in images.split(1000)]
-    return torch.cat(parts).to(device).expand(-1, channels, -1, -1), labels.to(device)
+    resized = [resize(batch, [image_size, image_size]) for batch in images.split(1000)]
+    return torch.cat(resized).to(device).expand(-1, channels, -1, -1), labels.to(device)
 
 
 # ---- noise ----
@@ -175,7 +177,7 @@ class SimpleUnet(nn.Module):
         if image_size not in range(4, 257, 4):
             raise InputError(f"image_size must be a multiple of 4 up to 256, not {image_size}")
         # a checkpoint holds it, to build the network again
-        self.config = dict(channels=channels, image_size=image_size, time_steps=time_steps,
+        self.config = dict(image_size=image_size, channels=channels, time_steps=time_steps,
                            widths=widths)
         half, quarter = widths  # channels at H/2 and at H/4
         emb = 4 * half
@@ -276,7 +278,10 @@ def split_weights(model):
 
 
 class State:
-    """All that training changes, and the settings that it follows. It saves and loads itself."""
+    """A run at one moment: its settings and all that training changes.
+
+    state_dict and load_state_dict make of it what a file can hold, and the other way round.
+    """
 
     def __init__(self, settings, device):
         torch.manual_seed(settings.seed)
@@ -285,7 +290,7 @@ class State:
                                 widths=(settings.width, 2 * settings.width))
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
-        self.network = self.model  # what the loss is taken of
+        self.network = self.model  # or, among several processes, what averages their gradients
         self.alphas_cumprod = cumulative_alphas(settings.time_steps).to(device)
         self.rank, self.processes = 0, 1
         if dist.is_initialized():
@@ -293,7 +298,8 @@ class State:
             self.network = nn.parallel.DistributedDataParallel(self.model)
         kernels, others = split_weights(self.model)
         self.muon = Muon(kernels, settings.muon_momentum)
-        # The rate is a tensor, and capturable keeps AdamW's counter one, for the sake of capture.
+        # The rate is a tensor, and capturable makes AdamW's counter one: a CUDA graph can read what
+        # they are at the time.
         self.adamw = torch.optim.AdamW(others, lr=torch.zeros((), device=device),
                                        betas=settings.adamw_betas, weight_decay=0, fused=True,
                                        capturable=True)
@@ -318,7 +324,7 @@ class State:
         self.average.load_state_dict(saved["average"])
         rate = self.adamw.param_groups[0]["lr"]
         self.adamw.load_state_dict(saved["adamw"])
-        self.adamw.param_groups[0]["lr"] = rate  # the saved one may be on another device
+        self.adamw.param_groups[0]["lr"] = rate  # the tensor that set_rates fills and a graph reads
         for buffer, values in zip(self.muon.buffers, saved["muon"], strict=True):
             buffer.copy_(values)
         self.total_loss.copy_(saved["total_loss"])
@@ -330,7 +336,7 @@ def draw_batch(state, images, labels):
     """Return x_0, t, noise and labels, of which some are hidden: what a step is made of.
 
     images: (B, C, H, W) uint8; labels: (B,). Every process draws for the whole batch, and takes
-    every n-th image: n processes together see what one alone would see.
+    every n-th image: n processes together see the images and the noise that one alone would see.
     """
     settings, rng = state.settings, state.rng
     x_0 = images / 127.5 - 1
@@ -393,8 +399,8 @@ def set_rates(state, total_steps):
     factor = min((n + 1) / settings.warmup_steps, 1 - n / total_steps)
     state.muon.rate.fill_(factor * settings.muon_rate)
     state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
-    # The average reaches back over a tenth of the run at most, so that a short run forgets how it
-    # began.
+    # The average reaches back over some tenth of the steps taken, so that it soon forgets how the
+    # run began.
     state.average_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
 
 
@@ -431,15 +437,14 @@ def plot_losses(path, log):
 
 
 def check_finite(state):
-    """Raise InputError if a weight is no longer finite: such a state is not worth saving.
+    """Raise InputError if the loss or a weight is no longer finite: that is not worth saving.
 
-    The average tells it all. A weight that was infinite or no number at any step, because of the
-    loss or of a gradient, makes it so for ever.
+    Of the weights the average tells all: what was not finite in one step makes it so for ever.
     """
-    finite = torch.stack([weights.isfinite().all() for weights in state.average.parameters()])
-    if not finite.all():
-        raise InputError(f"epoch {len(state.log) + 1}: the weights are no longer finite; begin "
-                         "anew with another --seed and --root")
+    values = [state.total_loss, *state.average.parameters()]
+    if not torch.stack([value.isfinite().all() for value in values]).all():
+        raise InputError(f"epoch {len(state.log) + 1}: the loss or the weights are no longer "
+                         "finite; begin anew with another --seed and --root")
 
 
 def save_state(state, root):
@@ -466,23 +471,22 @@ def load_state(root, device):
 def epoch_batches(settings, epoch, n_images, device):
     """Return the indices of the images in each batch of an epoch, counted from 0.
 
-    The order depends on the seed and the epoch, on every device alike. Images that do not fill a
-    last batch are left out: each epoch it is others.
+    The order depends on the seed and the epoch, on every device alike. The images that are left
+    over, too few for a batch, are not used in this epoch.
     """
     rng = generator("cpu", "order", settings.seed, epoch)
     order = torch.randperm(n_images, generator=rng, device="cpu").to(device)
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, steps, start, root):
-    """Log the epoch, of so many steps; write its checkpoint if it is due."""
+def end_epoch(state, steps, seconds, root):
+    """Log the epoch, which had so many steps and seconds; write its checkpoint if it is due."""
     settings, epoch = state.settings, len(state.log) + 1
     check_finite(state)
-    if dist.is_initialized():  # each process has summed the loss of its share
+    if dist.is_initialized():  # each process has the sum of its own share
         dist.all_reduce(state.total_loss)
         state.total_loss /= state.processes
     loss = state.total_loss.item() / steps
-    seconds = time.perf_counter() - start
     state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
     state.total_loss.zero_()
     state.seconds = 0.0
@@ -498,30 +502,32 @@ def train(state, images, labels, root, signals):
 
     As soon as there is something in the list signals, it saves the state and returns.
     """
-    settings, first = state.settings, state.rank == 0
+    settings = state.settings
+    writes = state.rank == 0  # of several processes the first
     steps = len(images) // settings.batch_size  # of an epoch
     total_steps = settings.n_epochs * steps
-    saved = -math.inf  # the first save comes before the first step: it proves that root is writable
+    last_save = -math.inf  # the first save precedes the first step, and proves that it is possible
     with tqdm(total=total_steps * settings.batch_size, unit=" images", unit_scale=True,
-              initial=state.steps_taken * settings.batch_size, disable=not first) as bar:
+              initial=state.steps_taken * settings.batch_size, disable=not writes) as bar:
         while len(state.log) < settings.n_epochs:
             epoch = len(state.log)
             bar.set_description(f"epoch {epoch + 1}/{settings.n_epochs}")
             start = time.perf_counter() - state.seconds
             batches = epoch_batches(settings, epoch, len(images), images.device)
-            for batch in batches[state.steps_taken - epoch * steps:]:  # all, but after a resume
+            already_taken = state.steps_taken - epoch * steps  # not 0 after a resume
+            for batch in batches[already_taken:]:
                 state.seconds = time.perf_counter() - start
                 if signals:
                     save_state(state, root)
                     return
-                if first and time.perf_counter() - saved > SAVE_INTERVAL:
+                if writes and time.perf_counter() - last_save > SAVE_INTERVAL:
                     save_state(state, root)
-                    saved = time.perf_counter()
+                    last_save = time.perf_counter()
                 take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            end_epoch(state, steps, start, root)
+            end_epoch(state, steps, time.perf_counter() - start, root)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
-        if first:
+        if writes:
             save_state(state, root)
 
 
@@ -530,7 +536,7 @@ def training_parser():
     parser = make_parser(__doc__)
 
     def add_setting(name, text, **options):
-        # Their own default is None, which tells start_state that the flag was not given.
+        # argparse's own default stays None, by which start_state knows a flag that was not given.
         add_flag(parser, name, f"{text} (default: {getattr(Settings, name)})", **options)
 
     add_setting("n_epochs", "passes over the training images", type=bounded(int, 1))
@@ -593,25 +599,28 @@ def start_processes(device):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list to which the first SIGINT or SIGTERM is added; a second one acts as usual.
+    """Yield a list to which the first SIGINT or SIGTERM is added; the next one acts as usual.
 
-    Afterwards signals do again what they did before. With several processes nothing is caught: they
-    would have to agree at every step.
+    With several processes nothing is caught: they would have to agree at every step.
     """
-    signals, handlers = [], {}
+    signals = []
+    caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in caught}
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def note(number, frame):
         signals.append(number)
-        signal.signal(number, handlers[number])
+        restore()
 
-    if not dist.is_initialized():
-        handlers = {number: signal.signal(number, note)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in caught:
+        signal.signal(number, note)
     try:
         yield signals
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def main(argv=None):

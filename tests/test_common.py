@@ -44,11 +44,14 @@ def test_a_reader_of_the_output_may_end_before_the_script(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (1, "0\n", "")
 
 
-def test_errors_of_a_file_name_it_and_keep_their_first_line(tmp_path):
+def test_errors_of_a_file_name_it_and_keep_their_text(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(InputError) as stop, blaming(path, "make it anew"):
         raise ValueError("so wrong\nand more of it")
-    assert str(stop.value) == f"{path} cannot be read (ValueError: so wrong): make it anew"
+    assert str(stop.value) == (f"{path} cannot be read (ValueError: so wrong and more of it): make "
+                               "it anew")
+    with pytest.raises(torch.OutOfMemoryError), blaming(path, "make it anew"):
+        raise torch.OutOfMemoryError
     with pytest.raises(InputError) as stop, blaming(path, "make it anew"):
         path.read_bytes()
     assert str(stop.value) == f"{path} does not exist: make it anew"

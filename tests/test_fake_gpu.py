@@ -46,7 +46,7 @@ def fused_adamw(*lists, lr, **more):
 def fake_gpu(monkeypatch):
     levels = generate.noise_levels(1000, 3)
     monkeypatch.setattr(generate, "noise_levels", lambda time_steps, steps: levels)
-    monkeypatch.setattr(generate, "check_settings", lambda *settings: None)
+    monkeypatch.setattr(generate, "check_request", lambda *settings: None)
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)

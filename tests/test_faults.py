@@ -248,7 +248,10 @@ def test_damaged_archive(damage, copied_mnist, tmp_path, capsys):
 # ---- folders ----
 @pytest.mark.parametrize("main, name", [
     (train.main, "checkpoints"), (generate.main, "generated_samples"), (test.main, "datas")])
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(main, name, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(main, name, tmp_path,
+                                                                   monkeypatch, capsys):
+    for module, work in ((train, "take_step"), (generate, "sample"), (test, "Judge")):
+        monkeypatch.setattr(module, work, None)
     (tmp_path / name).touch()
     assert str(tmp_path / name) in error_of(main, ["--root", str(tmp_path)], capsys)
 

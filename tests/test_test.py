@@ -375,7 +375,7 @@ def test_every_seed_has_a_row(evaluation):
     assert len({row["fid_classifier"] for row in rows()}) == 4
 
 
-def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
+def test_a_run_that_stops_keeps_its_rows(evaluation, tmp_path, monkeypatch):
     run, sampled, rows = evaluation
     sample = test.sample
 
@@ -390,6 +390,7 @@ def test_a_run_that_stops_keeps_its_rows(evaluation, monkeypatch):
 
     stop_at(1)
     assert [row["epoch"] for row in rows()] == ["real", "10"]
+    assert (tmp_path / "datas/metrics.png").exists()
     before = rows()
     stop_at(1)  # nothing new is known: what was known is kept
     assert rows() == before
@@ -406,10 +407,17 @@ def test_output_that_nobody_reads_any_more_is_not_the_pictures_fault(evaluation,
         run()
 
 
-def test_evaluation_leaves_the_settings_of_torch_as_they_were(evaluation):
+def test_evaluation_computes_in_float32_and_leaves_torch_as_it_was(evaluation, monkeypatch):
+    def settings():
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.allow_tf32, torch.is_inference_mode_enabled()
+
     run, *_ = evaluation
+    sample, seen = test.sample, []
+    monkeypatch.setattr(test, "sample", lambda *arguments, **more: (
+        seen.append(settings()), sample(*arguments, **more))[1])
     run("--epochs", "10")
-    assert torch.backends.cudnn.allow_tf32 and not torch.is_inference_mode_enabled()
+    assert seen == [(True, False, True)] and settings() == (True, True, False)
 
 
 # ---- command line ----

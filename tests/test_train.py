@@ -340,21 +340,29 @@ def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_acts_as_ever_and_afterwards_so_does_the_first(number, monkeypatch):
+def test_a_second_signal_acts_as_ever(number):
     received = []
-    before = signal.signal(number, lambda *arguments: received.append(number))
+    before = signal.signal(signal.SIGTERM, lambda *arguments: received.append(signal.SIGTERM))
     try:
         with train.catch_signals() as signals:
             os.kill(os.getpid(), number)
             assert (signals, received) == ([number], [])
-            os.kill(os.getpid(), number)
-            assert (signals, received) == ([number], [number])
-        with pytest.raises(ZeroDivisionError), train.catch_signals():
-            raise ZeroDivisionError
-        os.kill(os.getpid(), number)
-        assert received == [number, number]
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (signals, received) == ([number], [signal.SIGTERM])
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_main_leaves_signals_as_it_found_them(tmp_path, small_mnist, monkeypatch):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    run_small(tmp_path, "--n_epochs", 1)
+    assert handlers() == before
+    monkeypatch.setattr(train, "take_step", stop_at(6, signal.SIGINT))
+    run_small(tmp_path, "--n_epochs", 2, "--resume")
+    assert handlers() == before
 
 
 def spoil(what, step):
@@ -370,6 +378,22 @@ def spoil(what, step):
             loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
     return training_loss
+
+
+def test_a_full_memory_is_not_the_states_fault(tmp_path, whole_run, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    for of, name in ((train, "State"), (torch.optim.AdamW, "load_state_dict")):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(of, name, full)
+            train.load_state(whole_run, CPU)
+
+
+def test_a_loss_that_is_infinite_is_not_saved_although_the_weights_are_finite(state, tmp_path):
+    state.total_loss.fill_(torch.inf)
+    with pytest.raises(InputError, match="finite"):
+        train.save_state(state, tmp_path)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
