@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
 from common import REPOSITORY, add_flag, bounded, has_bf16, make_parser, run_script
-from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, noise_predictor, sample)
+from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
+                      sample)
 from test import (classify, frechet_distance, latent_features, load_classifier, mnist_pixels,
                   share_inside, spread_labels, train_classifier)
 
@@ -191,13 +192,13 @@ def sampling_speed(args, device):
     digits = 10 * CHUNK
     steps = SAMPLERS[DEFAULT_SAMPLER].steps
     labels = torch.arange(digits) % 10
-    predict_noise = noise_predictor(model, labels[:CHUNK].to(device), guidance=1)
+    predict_x_0 = clean_image_predictor(model, labels[:CHUNK].to(device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
     x_t = torch.randn(CHUNK, channels, size, size, device=device)
 
     def network():
         for i in range(digits // CHUNK * steps):
-            predict_noise(x_t, 80 * (i % steps))
+            predict_x_0(x_t, 80 * (i % steps), 0.5)
 
     measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
                       "network alone": (network, digits, "digits")}, device)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
                     generator, has_bf16, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script)
-from train import NULL_LABEL, SimpleUnet, cumulative_alphas
+from train import NULL_LABEL, SimpleUnet, cumulative_alphas, implied_x_0
 
 
 # ---- samplers ----
@@ -38,12 +38,6 @@ def noise_levels(time_steps, steps):
     return list(zip(t, a, [*a[1:], 1.0], strict=True))
 
 
-def predict_x_0(eps, x_t, a, clip):
-    """Return the clean image that the predicted noise implies (DDPM, eq. 15)."""
-    x_0 = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
-    return x_0.clamp(-1, 1) if clip else x_0
-
-
 def draw_next(x_t, x_0, a, a_next, rng, eta):
     """Draw x_next from q(x_next | x_t, x_0) (DDIM, eq. 7 and 16; eta = 1: DDPM, eq. 6 and 7)."""
     sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
@@ -52,19 +46,18 @@ def draw_next(x_t, x_0, a, a_next, rng, eta):
     return mean + sigma * torch.randn(x_t.shape, generator=rng, device=x_t.device)
 
 
-def ddim(predict_noise, x_t, levels, rng, eta, clip=True):
+def ddim(predict_x_0, x_t, levels, rng, eta):
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12): a Sampler's function.
 
     eta = 1, in all T steps: DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
     eta = 0: the solver of an ODE, without fresh noise.
     """
     for t, a, a_next in levels:
-        x_0 = predict_x_0(predict_noise(x_t, t), x_t, a, clip)
-        x_t = draw_next(x_t, x_0, a, a_next, rng, eta)
+        x_t = draw_next(x_t, predict_x_0(x_t, t, a), a, a_next, rng, eta)
         yield x_t
 
 
-def dpm(predict_noise, x_t, levels, rng, eta, clip=True):
+def dpm(predict_x_0, x_t, levels, rng, eta):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of second order; eta = 1: its SDE variant.
 
     A Sampler's function. The clean image is not taken as predicted at the step's start, but
@@ -73,7 +66,7 @@ def dpm(predict_noise, x_t, levels, rng, eta, clip=True):
     """
     x_0_last = lambda_last = None
     for t, a, a_next in levels:
-        x_0 = predict_x_0(predict_noise(x_t, t), x_t, a, clip)
+        x_0 = predict_x_0(x_t, t, a)
         lambda_t = math.log(a / (1 - a)) / 2
         target = x_0
         if x_0_last is not None and a_next < 1:  # the last step is infinitely long in lambda
@@ -87,10 +80,10 @@ def dpm(predict_noise, x_t, levels, rng, eta, clip=True):
 class Sampler(NamedTuple):
     """A way from noise to digits: its function, and what it does if nothing else is asked for.
 
-    function(predict_noise, x_t, levels, rng, eta, clip) yields x_t after every step, the last one
-    clean. predict_noise(x_t, t) returns eps for a step t, an int; x_t: noise (B, C, H, W); levels:
-    what noise_levels returns. rng draws fresh noise, eta times as much as DDPM's. clip keeps
-    predicted clean images in [-1, 1]. All coefficients are Python's floats, of 64 bits.
+    function(predict_x_0, x_t, levels, rng, eta) yields x_t after every step, the last one clean.
+    predict_x_0(x_t, t, a) returns the clean image for a step t, an int, and its alphas_cumprod;
+    x_t: noise (B, C, H, W); levels: what noise_levels returns. rng draws fresh noise, eta times as
+    much as DDPM's. All coefficients are Python's floats, of 64 bits.
     """
     function: Callable
     steps: int | None  # None: T
@@ -106,24 +99,26 @@ DEFAULT_SAMPLER = "dpm"
 CHUNK = 100  # digits that are sampled together
 
 
-def noise_predictor(model, labels, guidance):
-    """Return the function predict_noise(x_t, t) that samplers ask for: the model's for labels (B,).
+def clean_image_predictor(model, labels, guidance):
+    """Return the predict_x_0(x_t, t, a) that samplers ask for: by the model, for labels (B,).
 
-    guidance: s in eps_null + s (eps_label - eps_null) (Ho, Salimans 2022). At 1 that is eps_label,
-    and the network is not asked for eps_null.
+    Predictions are clipped to [-1, 1]. guidance: s in x_null + s (x_label - x_null), which is the
+    same for clean images as for the noise (Ho, Salimans 2022). At 1 that is x_label, and the
+    network is not asked for x_null.
     """
     both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
-    def ask_model(x_t, t, asked):
+    def ask_model(x_t, t, a, asked):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
-            return model(x_t, torch.full_like(asked, t), asked).float()
+            eps = model(x_t, torch.full_like(asked, t), asked).float()
+        return implied_x_0(eps, x_t, math.sqrt(a), math.sqrt(1 - a)).clamp(-1, 1)
 
-    def predict_noise(x_t, t):
+    def predict_x_0(x_t, t, a):
         if guidance == 1:
-            return ask_model(x_t, t, labels)
-        eps_label, eps_null = ask_model(x_t.repeat(2, 1, 1, 1), t, both_labels).chunk(2)
-        return eps_null + guidance * (eps_label - eps_null)
-    return predict_noise
+            return ask_model(x_t, t, a, labels)
+        x_label, x_null = ask_model(x_t.repeat(2, 1, 1, 1), t, a, both_labels).chunk(2)
+        return (x_null + guidance * (x_label - x_null)).clamp(-1, 1)
+    return predict_x_0
 
 
 def check_steps(model, steps):
@@ -166,11 +161,11 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
             filled = pad(chunk, (0, CHUNK - len(chunk))).to(device)
-            predict_noise = noise_predictor(model, filled, guidance)
+            predict_x_0 = clean_image_predictor(model, filled, guidance)
             rng = generator(device, "samples", seed, number)
             noise = torch.randn(shape, generator=rng, device=device)
             frames = []
-            for step, x_t in enumerate(chosen.function(predict_noise, noise, levels, rng, eta), 1):
+            for step, x_t in enumerate(chosen.function(predict_x_0, noise, levels, rng, eta), 1):
                 if step in framed:
                     pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
                     frames.append(pixels.byte().cpu())

@@ -22,7 +22,8 @@ from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generato
                     run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, check_steps, draw_grid,
                       find_checkpoints, load_checkpoint, sample)
-from train import NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist
+from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, implied_x_0, load_mnist,
+                   signal_and_noise)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
 PART = 1000  # images that are looked at together
@@ -154,8 +155,10 @@ def share_inside(points, centres, k=3):
 def noise_mse(model, images, labels, batch_size=256):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
-    The t, spread evenly over the images, and the noise are drawn on the CPU, and the network runs
-    in float32: the same for every checkpoint and machine.
+    It is the noise left after the clean image that it implies is clipped to [-1, 1], as in
+    sampling: alpha_t / sigma_t times the error of that image. The t, spread evenly over the
+    images, and the noise are drawn on the CPU, and the network runs in float32: the same for every
+    checkpoint and machine.
     """
     rng = generator("cpu", "evaluation", 0)
     t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
@@ -164,8 +167,11 @@ def noise_mse(model, images, labels, batch_size=256):
     batches = [values.split(batch_size) for values in (images, t.to(images.device), noise, labels)]
     total = 0.0
     for images_b, t_b, noise_b, labels_b in zip(*batches, strict=True):
-        x_t = forward_diffusion_sample(images_b / 127.5 - 1, t_b, noise_b, alphas_cumprod)
-        errors = (model(x_t, t_b, labels_b) - noise_b).square().mean(dim=(1, 2, 3))
+        x_0 = images_b / 127.5 - 1
+        alpha_t, sigma_t = signal_and_noise(t_b, alphas_cumprod)
+        x_t = forward_diffusion_sample(x_0, t_b, noise_b, alphas_cumprod)
+        predicted = implied_x_0(model(x_t, t_b, labels_b), x_t, alpha_t, sigma_t).clamp(-1, 1)
+        errors = (alpha_t / sigma_t * (predicted - x_0)).square().mean(dim=(1, 2, 3))
         total += errors.double().sum().item()
     return total / len(images)
 

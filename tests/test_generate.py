@@ -35,6 +35,14 @@ def test_steps_grow_shorter_until_they_visit_every_t():
     assert [t for t, _, _ in generate.noise_levels(100, 100)] == list(range(99, -1, -1))
 
 
+def implying(predict_noise, clip):
+    """Return the predict_x_0 that a sampler asks for, by a function that predicts the noise."""
+    def predict_x_0(x_t, t, a):
+        x_0 = train.implied_x_0(predict_noise(x_t, t), x_t, math.sqrt(a), math.sqrt(1 - a))
+        return x_0.clamp(-1, 1) if clip else x_0
+    return predict_x_0
+
+
 def smooth_noise(x_t, t):
     """Something to predict: not linear in x_t, different at every t."""
     return torch.tanh(x_t) * (0.5 + t / 2000) + 0.1 * math.sin(t)
@@ -68,7 +76,8 @@ def test_sampler_agrees_with_diffusers_step_by_step(sampler, eta, steps, clip):
     theirs = noise = torch.randn(2, 1, 8, 8, generator=generator(CPU, "samples", 0))
     our_rng, their_rng = generator(CPU, "samples", 1), generator(CPU, "samples", 1)
     function = generate.SAMPLERS[sampler].function
-    for ours, t in zip(function(smooth_noise, noise, levels, our_rng, eta, clip),
+    predict_x_0 = implying(smooth_noise, clip)
+    for ours, t in zip(function(predict_x_0, noise, levels, our_rng, eta),
                        reference.timesteps, strict=True):
         eps = smooth_noise(theirs, t.item())
         theirs = reference.step(eps, t, theirs, generator=their_rng, **more).prev_sample
@@ -89,8 +98,8 @@ def test_sampler_recovers_a_gaussian(sampler, steps, eta):
     alphas_cumprod, rng = train.cumulative_alphas(1000).tolist(), generator(CPU, "samples", 0)
     noise = torch.randn(1, 1, 200, 200, generator=rng)
     function = generate.SAMPLERS[sampler].function
-    *_, x = function(lambda x_t, t: gaussian_noise(x_t, alphas_cumprod[t]), noise,
-                     generate.noise_levels(1000, steps), rng, eta, clip=False)
+    predict_x_0 = implying(lambda x_t, t: gaussian_noise(x_t, alphas_cumprod[t]), clip=False)
+    *_, x = function(predict_x_0, noise, generate.noise_levels(1000, steps), rng, eta)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert x.std().item() == pytest.approx(STD, rel=0.03)
 
@@ -111,18 +120,10 @@ def test_error_of_deterministic_solver_falls_with_its_order(sampler, order):
                                  steps + 1, dtype=torch.float64)
         a = lambdas.sigmoid().tolist()
         levels = list(zip(a, a, a[1:], strict=False))  # here t is a
-        *_, result = function(gaussian_noise, x, levels, rng, 0, clip=False)
+        *_, result = function(implying(gaussian_noise, clip=False), x, levels, rng, 0)
         errors.append((result - exact).abs().max().item())
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
-
-
-@pytest.mark.parametrize("sampler", generate.SAMPLERS)
-def test_clipping_keeps_images_in_range(sampler):
-    levels, rng = generate.noise_levels(1000, 5), generator(CPU, "samples", 0)
-    function, _, eta = generate.SAMPLERS[sampler]
-    *_, x = function(lambda x_t, t: -x_t, torch.randn(1, 1, 8, 8), levels, rng, eta)
-    assert x.abs().max() <= 1
 
 
 # ---- sampling ----
@@ -149,7 +150,8 @@ def test_fresh_noise_is_eta_times_as_much(small_model):
 
 
 def test_guidance_weighs_label_against_null_in_one_evaluation(small_model):
-    labels = torch.tensor([3, 7])
+    labels, null = torch.tensor([3, 7]), torch.full((2,), train.NULL_LABEL)
+    a = train.cumulative_alphas(1000)[500].item()
     x_t = torch.randn(2, 1, 28, 28, generator=generator(CPU, "samples", 0))
     batches = []
 
@@ -157,12 +159,15 @@ def test_guidance_weighs_label_against_null_in_one_evaluation(small_model):
         batches.append(len(x))
         return small_model(x, t, y)
 
-    eps = {s: generate.noise_predictor(model, labels, s)(x_t, 500) for s in (0, 1, 3)}
-    null = torch.full((2,), train.NULL_LABEL)
-    nameless = generate.noise_predictor(small_model, null, 1)(x_t, 500)
-    torch.testing.assert_close(eps[0], nameless, rtol=0.02, atol=0.02)  # maybe in bfloat16
-    torch.testing.assert_close(eps[3], eps[0] + 3 * (eps[1] - eps[0]), rtol=0.1, atol=0.1)
-    assert batches == [4, 2, 4]
+    def predict(labels, guidance):
+        return generate.clean_image_predictor(model, labels, guidance)(x_t, 500, a)
+
+    x_0, x_null = {s: predict(labels, s) for s in (0, 1, 3)}, predict(null, 1)
+    assert batches == [4, 2, 4, 2] and all(x.abs().max() <= 1 for x in x_0.values())
+    torch.testing.assert_close(x_0[0], x_null, rtol=0, atol=0.1)  # maybe in bfloat16
+    guided = (x_null + 3 * (x_0[1] - x_null)).clamp(-1, 1)
+    assert (x_0[1] - x_null).abs().mean() > 0.1
+    torch.testing.assert_close(x_0[3], guided, rtol=0, atol=0.3)
 
 
 def test_frames_end_with_the_clean_images(small_model):

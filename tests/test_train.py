@@ -119,12 +119,24 @@ def test_t_is_spread_evenly_over_a_logit_normal_distribution(batch_size, time_st
 
 @pytest.mark.parametrize("power", [0, 0.5, 1])
 def test_loss_is_the_squared_error_of_the_noise_weighted(power):
-    x_0, noise = torch.rand(1, 1, 4, 4) * 2 - 1, torch.randn(500, 1, 4, 4)
+    x_0 = (torch.rand(1, 1, 4, 4) * 2 - 1).expand(500, -1, -1, -1)
+    noise = torch.randn(500, 1, 4, 4)
     t, labels = torch.arange(500) * 2, torch.zeros(500, dtype=torch.int64)
     loss = train.training_loss(Oracle(x_0, 0.5), x_0, t, noise, labels,
                                train.cumulative_alphas(1000), train.Settings(loss_power=power))
     weights = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[::2] ** -float(power)
     assert loss.item() == pytest.approx(0.25 * weights.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("edge", [-1, 1])
+def test_beyond_the_edge_nothing_is_wrong(edge):
+    x_0, noise = torch.full((8, 1, 4, 4), float(edge)), torch.randn(8, 1, 4, 4)
+    t, labels = torch.arange(8) * 100, torch.zeros(8, dtype=torch.int64)
+    losses = [train.training_loss(Oracle(x_0, error), x_0, t, noise, labels,
+                                  train.cumulative_alphas(1000), train.Settings(loss_power=0))
+              for error in (-0.5 * edge, 0.5 * edge)]
+    beyond, within = losses  # noise that is overestimated makes an image darker
+    assert beyond.item() == 0 and within.item() == pytest.approx(0.25, rel=1e-3)
 
 
 def test_a_quarter_of_the_batch_learns_to_guide_itself():
@@ -142,9 +154,9 @@ def test_a_quarter_of_the_batch_learns_to_guide_itself():
     eps, targets = 0.1 * labels.numpy(), noise.numpy().copy()
     targets[2] += 0.4 * (0.3 - 1)  # the third and the fourth; the fourth's label is hidden
     errors = eps[:, None, None, None] - targets
-    assert loss.item() == pytest.approx((errors ** 2).mean(), rel=1e-5)
+    assert loss.item() == pytest.approx((errors ** 2).mean(), rel=1e-3)
     slope = (2 * errors * labels.numpy()[:, None, None, None]).mean()  # the target does not move
-    assert scale.grad.item() == pytest.approx(slope, rel=1e-5)
+    assert scale.grad.item() == pytest.approx(slope, rel=1e-3)
 
 
 # ---- the step ----
@@ -249,7 +261,8 @@ def test_the_loss_falls(tmp_path, small_mnist):
     log = read_csv(tmp_path / "datas/train_log.csv")
     assert [row["epoch"] for row in log] == [str(n) for n in range(1, 13)]
     assert list(log[0]) == ["epoch", "loss", "seconds"]
-    assert 3 < float(log[0]["loss"]) < 3.6  # eps is 0 at first: the mean weight
+    # At first eps is 0. The mean weight is 3.3, and some 40 % of the pixels are beyond black.
+    assert 1.8 < float(log[0]["loss"]) < 2.2
     assert float(log[-1]["loss"]) < 0.2 * float(log[0]["loss"])
 
 
