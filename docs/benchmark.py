@@ -6,6 +6,7 @@
     python docs/benchmark.py guidance    digits at several strengths of guidance: minutes
     python docs/benchmark.py floors      distances among real digits: seconds
     python docs/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
+    python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
     python docs/benchmark.py recipe      digits without one choice of the recipe at a time: hours
 """
 import dataclasses
@@ -34,7 +35,7 @@ from common import REPOSITORY, add_flag, bounded, has_bf16, make_parser, run_scr
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
                       sample)
 from test import (classify, frechet_distance, latent_features, load_classifier, mnist_pixels,
-                  share_inside, spread_labels, train_classifier)
+                  pick_images, share_inside, spread_labels, train_classifier)
 
 TRAINING_STEPS = 30  # timed together
 
@@ -313,6 +314,48 @@ def usefulness_table(args, device):
     print(f"| generated | {with_deviation(made, '.2%')} |")
 
 
+def told_apart(generated, real, seed):
+    """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
+
+    It is a Classifier of two classes, trained in float32 on 80 % of the images, asked on the rest.
+    """
+    images = torch.cat([generated, real])
+    is_real = torch.arange(len(images), device=images.device) >= len(generated)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    seen, unseen = order.to(images.device).tensor_split([len(images) * 4 // 5])
+    network = train_classifier(images[seen], is_real[seen].long(), seed, bf16=False)
+    _, answers = classify(network, mnist_pixels(images[unseen]))
+    return (answers == is_real[unseen]).double().mean().item()
+
+
+def told_apart_table(args, device):
+    """Print how often a network tells digits from real ones: as they are, and in black and white.
+
+    The mark is of training images against test images. 50 % would be guessing.
+    """
+    model, _ = load_checkpoint(args.checkpoint_path, device)
+    images, labels = train.load_mnist("train", device=device)
+    real, real_labels = train.load_mnist("test", device=device)
+    wanted = spread_labels(real_labels, 10_000)
+    print(f"10,000 digits of each kind, a fifth of them to test; {args.seeds} seeds\n\n"
+          "| | as they are | in black and white |\n|---|---|---|")
+
+    def black_and_white(images):
+        return (images > 127).byte() * 255
+
+    def row(name, generate):
+        grey, binary = [], []
+        for seed in range(args.seeds):
+            made = generate(seed)
+            grey.append(told_apart(made, real, seed))
+            binary.append(told_apart(black_and_white(made), black_and_white(real), seed))
+        print(f"| {name} | {with_deviation(grey, '.1%')} | {with_deviation(binary, '.1%')} |",
+              flush=True)
+
+    row("training images", lambda seed: pick_images(images, labels, wanted))
+    row(args.checkpoint_path.stem, lambda seed: sample(model, wanted, seed=seed)[-1].to(device))
+
+
 def adamw_alone(state):
     """Give Muon's kernels to AdamW."""
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
@@ -329,6 +372,7 @@ def labels_from_0(state):
 
 RECIPES = {  # other settings; what is done to the state; whether the rates fall
     "the recipe": ({}, None, True),
+    "what is darker than black is an error, too": (dict(edge=math.inf), None, True),
     "no guidance in training": (dict(model_guidance=0.0), None, True),
     "no guidance in training, t nearly uniform, all as heavy (as DDPM)": (
         dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
@@ -374,7 +418,7 @@ def recipe_table(args, device):
 # ---- command line ----
 TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table,
           "guidance": guidance_table, "floors": floor_table, "usefulness": usefulness_table,
-          "recipe": recipe_table}
+          "told_apart": told_apart_table, "recipe": recipe_table}
 
 
 def main(argv=None):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
                     generator, has_bf16, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script)
-from train import NULL_LABEL, SimpleUnet, cumulative_alphas, implied_x_0
+from train import NULL_LABEL, SimpleUnet, cumulative_alphas, implied_x_0, load_mnist
 
 
 # ---- samplers ----
@@ -121,21 +121,15 @@ def clean_image_predictor(model, labels, guidance):
     return predict_x_0
 
 
-def check_steps(model, steps):
-    """Raise InputError for a number of steps that the model's schedule does not allow."""
-    if not 1 <= steps <= model.config["time_steps"]:
-        raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
-                         f"steps, not {steps}")
-
-
 def check_request(model, labels, sampler, steps):
     """Raise InputError for labels, a sampler or steps that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
         raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler}")
-    if steps is not None:
-        check_steps(model, steps)
+    if steps is not None and not 1 <= steps <= model.config["time_steps"]:
+        raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
+                         f"steps, not {steps}")
 
 
 @torch.no_grad()
@@ -179,6 +173,12 @@ def choose_labels(n_samples, labels=None, seed=0):
     if labels is None or len(labels) == 0:
         return torch.from_numpy(np.random.default_rng(seed).integers(10, size=n_samples))
     return torch.from_numpy(np.resize(labels, n_samples)).long()
+
+
+def spread_labels(labels, n_samples):
+    """Return n_samples labels, in order, in the proportions of the labels given."""
+    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
+    return labels.sort().values[places]
 
 
 # ---- pictures and arrays ----
@@ -282,9 +282,12 @@ def generation_parser():
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
     add_flag(parser, "n_samples", "digits to generate", 16, type=bounded(int, 1, 100_000))
-    add_flag(parser, "labels",
+    group = parser.add_mutually_exclusive_group()
+    add_flag(group, "labels",
              f"digits to cycle through; {NULL_LABEL}: any (default: drawn from the seed)",
              type=int, nargs="+", choices=range(NULL_LABEL + 1), metavar="DIGIT")
+    group.add_argument("--proportions", action="store_true", help="digits in the proportions of "
+                       "MNIST's test set, as src/test.py generates them")
     add_flag(parser, "sampler", "dpm is the fast one, ddpm the original", DEFAULT_SAMPLER,
              choices=SAMPLERS)
     add_flag(parser, "steps", f"network evaluations for a digit (default: {steps})",
@@ -303,7 +306,10 @@ def main(argv=None):
     args = generation_parser().parse_args(argv)
     if args.out and args.out.suffix not in (".png", ".gif", ".npz"):
         raise InputError(f"--out {args.out} must end in .png, .gif or .npz")
-    labels = choose_labels(args.n_samples, args.labels, args.seed)
+    if args.proportions:
+        labels = spread_labels(load_mnist("test")[1], args.n_samples)
+    else:
+        labels = choose_labels(args.n_samples, args.labels, args.seed)
     columns = count_columns(args.n_samples, args.labels)
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     for path in paths[-1:] if args.out else paths:

@@ -1,11 +1,14 @@
 """Evaluate checkpoints: the error of the predicted noise, and how good generated digits are.
 
     python src/test.py                      every checkpoint: a table, datas/metrics.csv, pictures
-    python src/test.py --train_classifier   make checkpoints/classifier.pth, their judge, anew
+    python src/test.py --digits FILE.npz    digits from anywhere, by the same judge
+    python src/test.py --train_classifier   make checkpoints/classifier.pth, the judge's eyes, anew
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
+import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +23,8 @@ from tqdm import tqdm
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generator, has_bf16,
                     load_tensors, make_parser, prepare_folder, refuse_contradictions, replacing,
                     run_script, save_tensors, write_csv)
-from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, check_steps, draw_grid,
-                      find_checkpoints, load_checkpoint, sample)
+from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
+                      load_checkpoint, sample, spread_labels)
 from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, implied_x_0, load_mnist,
                    signal_and_noise)
 
@@ -59,8 +62,11 @@ def distort(x, rng):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(images, labels, seed=0, epochs=10, batch_size=100):
-    """Return a Classifier, ready to predict, trained on images (N, 1, 28, 28) uint8, distorted."""
+def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, bf16=True):
+    """Return a Classifier, ready to predict, trained on images (N, 1, 28, 28) uint8, distorted.
+
+    bf16: compute in bfloat16 where the device can. It does not see the finest grey levels.
+    """
     torch.manual_seed(seed)
     device, steps = images.device, len(images) // batch_size
     classifier = Classifier().to(device)
@@ -71,7 +77,7 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100):
         order = torch.randperm(len(images), generator=rng, device=device)
         for number, batch in enumerate(order.split(batch_size)[:steps]):
             x = distort(images[batch] / 127.5 - 1, generator(device, "step", seed, epoch, number))
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device)):
                 logits = classifier(x).float()
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[batch], label_smoothing=0.1).backward()
@@ -178,10 +184,9 @@ def noise_mse(model, images, labels, batch_size=256):
 
 # ---- evaluation ----
 class Described(NamedTuple):
-    """What the metrics need to know of N images."""
+    """What a Judge needs to know of N images."""
     features: torch.Tensor  # (N, 128), the classifier's
     digits: torch.Tensor  # (N,), as the classifier reads them
-    latents: torch.Tensor  # (N, D), the diffusion model's
     distances: torch.Tensor  # (N,), in pixels, to the nearest training image
     nearest: torch.Tensor  # (N,), its index
 
@@ -194,8 +199,8 @@ class Judge:
     as. Each digit has its own threshold, because ones lie much nearer to each other than eights.
     """
 
-    def __init__(self, classifier, latent_model, train, test):
-        self.classifier, self.latent_model = classifier, latent_model
+    def __init__(self, classifier, train, test):
+        self.classifier = classifier
         self.train_images, self.train_labels = train
         self.test_images, self.test_labels = test
         self.train_pixels = mnist_pixels(self.train_images)
@@ -207,18 +212,18 @@ class Judge:
         """Return the Described of images (N, C, H, W) uint8."""
         pixels = mnist_pixels(images)
         return Described(*classify(self.classifier, pixels),
-                         latent_features(self.latent_model, images),
                          *kth_nearest(pixels, self.train_pixels))
 
-    def scores(self, made, labels):
-        """Return all metrics but the MSE of the Described digits made for labels (N,)."""
-        return dict(
-            fid_latent=frechet_distance(made.latents, self.real.latents),
+    def scores(self, made, labels=None):
+        """Return the metrics of Described digits; without the labels (N,) no accuracy."""
+        scores = dict(
             fid_classifier=frechet_distance(made.features, self.real.features),
             precision=share_inside(made.features, self.real.features),
             recall=share_inside(self.real.features, made.features),
-            accuracy=(made.digits == labels).double().mean().item(),
             copies=(made.distances < self.thresholds[made.digits]).double().mean().item())
+        if labels is not None:
+            scores["accuracy"] = (made.digits == labels).double().mean().item()
+        return scores
 
     def closest_pairs(self, images, made):
         """Return the ten images that are most like copies, followed by their training images."""
@@ -226,10 +231,10 @@ class Judge:
         return torch.cat([images[closest], self.train_images[made.nearest[closest]]])
 
 
-def spread_labels(labels, n_samples):
-    """Return n_samples labels, in order, in the proportions of the labels given."""
-    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
-    return labels.sort().values[places]
+def make_judge(image_size, channels, device):
+    """Return the Judge of digits of this form."""
+    train, test = (load_mnist(part, image_size, channels, device) for part in ("train", "test"))
+    return Judge(load_classifier(device), train, test)
 
 
 def pick_images(images, labels, wanted):
@@ -238,62 +243,55 @@ def pick_images(images, labels, wanted):
     return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
 
 
-def real_row(judge, labels):
-    """Return the mark: the metrics of as many training images as there are labels (N,).
+def mark_row(judge, images, labels):
+    """Return the mark: the metrics of these training images.
 
     Its copies are those among the test images, since every training image is one of itself.
     """
-    images = pick_images(judge.train_images, judge.train_labels, labels)
     scores = judge.scores(judge.describe(images), labels)
     are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
     scores["copies"] = are_copies.double().mean().item()
     return dict(epoch="real", seed=None, mse=math.nan, **scores)
 
 
-def evaluate(model, epoch, judge, labels, steps, seeds, batch_size):
-    """Return (rows, pairs): the metrics, a row for each seed, and the last seed's closest pairs."""
-    mse = noise_mse(model, judge.test_images, judge.test_labels, batch_size)
-    rows = []
-    for seed in seeds:
-        images = sample(model, labels, steps=steps, seed=seed)[-1].to(labels.device)
-        made = judge.describe(images)
-        rows.append(dict(epoch=epoch, seed=seed, mse=mse, **judge.scores(made, labels)))
-    return rows, judge.closest_pairs(images, made)
-
-
 # ---- output ----
-METRICS = ["mse", "fid_latent", "fid_classifier", "precision", "recall", "accuracy", "copies"]
-HEAD = " epoch      mse  fid_latent  fid_classifier  precision  recall  accuracy  copies"
-LINE = ("{:>6} {mse:8.5f} {fid_latent:11.4f} {fid_classifier:15.4f} {precision:10.3f} "
-        "{recall:7.3f} {accuracy:9.2%} {copies:7.2%}")
+FORMATS = {"mse": ".5f", "fid_latent": ".4f", "fid_classifier": ".4f", "precision": ".3f",
+           "recall": ".3f", "accuracy": ".2%", "copies": ".2%"}  # of all metrics, in their order
+
+
+def print_line(first, cells):
+    """Print a line of the table. cells: {metric: text}"""
+    print(f"{first:>6}" + "".join(f"{text:>{max(len(name), 7) + 2}}"
+                                  for name, text in cells.items()), flush=True)
 
 
 def mean_and_std(rows):
     """Return {metric: mean over rows} and {metric: standard deviation}; 0 for a single row."""
-    values = {name: np.array([row[name] for row in rows]) for name in METRICS}
+    values = {name: np.array([row[name] for row in rows]) for name in FORMATS if name in rows[0]}
     ddof = 1 if len(rows) > 1 else 0
     return ({name: v.mean() for name, v in values.items()},
             {name: v.std(ddof=ddof) for name, v in values.items()})
 
 
-def print_rows(rows):
-    """Print the means of one epoch's rows and, where there are several, their deviations."""
+def print_rows(first, rows):
+    """Print the means of rows and, where there are several, their deviations."""
     means, deviations = mean_and_std(rows)
-    print(LINE.format(rows[0]["epoch"], **means), flush=True)
+    print_line(first, {name: format(mean, FORMATS[name]) for name, mean in means.items()})
     if len(rows) > 1:
-        print(LINE.format("+-", **deviations), flush=True)
+        print_line("+-", {name: format(std, FORMATS[name]) for name, std in deviations.items()})
 
 
 def plot_metrics(path, mark, evaluations):
     """Draw MSE and Frechet distances against the epoch.
 
-    mark: real_row's row; evaluations: a list of rows for each epoch.
+    mark: mark_row's row; evaluations: a list of rows for each epoch.
     """
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
+    names = "mse", "fid_latent", "fid_classifier"
     colours = "tab:blue", "tab:orange", "tab:green"
-    for axes, name, colour in zip(figure.subplots(1, 3), METRICS[:3], colours, strict=True):
+    for axes, name, colour in zip(figure.subplots(1, 3), names, colours, strict=True):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
                       fmt="o-", color=colour, capsize=3, label="generated digits")
         axes.set(title=name, xlabel="epoch")
@@ -305,6 +303,141 @@ def plot_metrics(path, mark, evaluations):
             axes.legend()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+# ---- checkpoints ----
+def load_models(args, device):
+    """Return [(path, model, epoch)] of the checkpoints that the flags ask for.
+
+    Raises InputError where one is damaged, or of another form than the last or than the flags say.
+    """
+    paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
+    found = []
+    for path in paths[::-args.every][::-1]:  # the last one is always among them
+        model, checkpoint = load_checkpoint(path, device)
+        found.append((path, model, checkpoint["epoch"]))
+    last_path, last_model, _ = found[-1]
+    refuse_contradictions(args, last_model.config, last_path)
+    for path, model, _ in found:
+        if model.config != last_model.config:
+            raise InputError(f"{path} is of another form than {last_path}: evaluate it apart, by "
+                             "--checkpoint_path")
+    return found
+
+
+def write_results(datas, mark, evaluations, **conditions):
+    """Write metrics.csv, with a row for the mark and for each seed, and metrics.png."""
+    columns = ["epoch", "seed", *FORMATS]
+    rows = [mark, *itertools.chain(*evaluations)]
+    write_csv(datas / "metrics.csv", [{name: row[name] for name in columns} | conditions
+                                      for row in rows])
+    plot_metrics(datas / "metrics.png", mark, evaluations)
+
+
+def evaluate_checkpoints(args, device):
+    """Evaluate the checkpoints that the flags ask for; print and write the results as they come."""
+    models = load_models(args, device)
+    last_path, last_model, last_epoch = models[-1]
+    datas = args.root / "datas"
+    prepare_folder(datas)
+    judge = make_judge(last_model.config["image_size"], last_model.config["channels"], device)
+    real_latents = latent_features(last_model, judge.test_images)
+    labels = spread_labels(judge.test_labels, args.n_samples)
+
+    def fid_latent(images):
+        return frechet_distance(latent_features(last_model, images), real_latents)
+
+    print(f"{args.n_samples:,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps; seeds: "
+          f"{args.seeds}; latent space: {last_path}")
+    print_line("epoch", {name: name for name in FORMATS})
+    images = pick_images(judge.train_images, judge.train_labels, labels)
+    mark = dict(fid_latent=fid_latent(images), **mark_row(judge, images, labels))
+    print_rows("real", [mark])
+    evaluations = []
+    for _, model, epoch in models:
+        mse = noise_mse(model, judge.test_images, judge.test_labels, args.batch_size)
+        rows = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            images = sample(model, labels, seed=seed)[-1].to(device)
+            made = judge.describe(images)
+            rows.append(dict(epoch=epoch, seed=seed, mse=mse, fid_latent=fid_latent(images),
+                             **judge.scores(made, labels)))
+        evaluations.append(rows)
+        write_results(datas, mark, evaluations, n_samples=args.n_samples, latent_epoch=last_epoch)
+        with replacing(datas / f"metrics_closest_{epoch}.png") as file:
+            draw_grid(judge.closest_pairs(images, made).cpu(), 10).save(file, format="png")
+        print_rows(epoch, rows)
+    print(f"{datas}: metrics.csv, metrics.png and, for each epoch, metrics_closest_{{epoch}}.png")
+
+
+# ---- digits from anywhere ----
+MOST = 50_000  # digits; there must be as many training images of each digit
+
+
+def load_digits(path):
+    """Return (images (N, C, H, W) uint8, labels (N,) int64 or None) of an .npz file.
+
+    Nothing in the file is executed. Raises InputError where it is missing, damaged or of another
+    form than the advice below says.
+    """
+    with blaming(path, "it must be an .npz file with arr_0, images (N, H, H) or (N, H, H, C) of "
+                 "uint8, and maybe arr_1, their labels (N,) from 0 to 9"):
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        images, labels = arrays["arr_0"], arrays.get("arr_1")
+        if images.dtype != np.uint8:
+            raise ValueError(f"arr_0 is of {images.dtype}")
+        if images.ndim == 3:
+            images = images[..., None]
+        n, height, width, channels = images.shape
+        if height != width or channels not in (1, 3) or height not in range(4, 257):
+            raise ValueError(f"arr_0 has the shape {arrays['arr_0'].shape}")
+        if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
+                                   or labels.min() < 0 or labels.max() > 9):
+            raise ValueError(f"arr_1 is of {labels.dtype}, shape {labels.shape}, or not from 0 "
+                             "to 9")
+    if not 2000 <= n <= MOST:
+        raise InputError(f"{path} holds {n:,} digits: from 2,000 to {MOST:,} can be compared")
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+
+def fitting_labels(labels, real_labels):
+    """Return as many labels, in order, as can be taken from labels in the proportions of others."""
+    counts = labels.bincount(minlength=10)
+    share = (counts / real_labels.bincount(minlength=10)).min().item()
+    n = min(len(labels), int(share * len(real_labels)) + 10)  # a little more than there can be
+    while (spread_labels(real_labels, n).bincount(minlength=10) > counts).any():
+        n -= 1
+    return spread_labels(real_labels, n)
+
+
+def evaluate_digits(path, device):
+    """Print the metrics of the digits in an .npz file, below the mark of as many real ones.
+
+    A Frechet distance depends on the mixture of digits. So of those with labels as many are taken
+    as there are in the proportions of the test set.
+    """
+    images, labels = load_digits(path)
+    judge = make_judge(images.shape[2], images.shape[1], device)
+    images = images.to(device)
+    if labels is None:
+        wanted = spread_labels(judge.test_labels, len(images))
+        print(f"{path}: {len(images):,} digits, in what proportions they come, without labels")
+    else:
+        labels = labels.to(device)
+        wanted = fitting_labels(labels, judge.test_labels)
+        if len(wanted) < 2000:
+            raise InputError(f"{path} holds {len(wanted):,} digits in the proportions of the test "
+                             "set: 2,000 are needed; generate.py --proportions draws such labels")
+        print(f"{path}: {len(wanted):,} of {len(images):,} digits, in the test set's proportions")
+        images, labels = pick_images(images, labels, wanted), wanted
+    scores = judge.scores(judge.describe(images), labels)
+    real_images = pick_images(judge.train_images, judge.train_labels, wanted)
+    mark = mark_row(judge, real_images, wanted)
+    print_line("", {name: name for name in FORMATS if name in scores})
+    print_rows("real", [{name: mark[name] for name in scores}])
+    print_rows("file", [scores])
 
 
 # ---- command line ----
@@ -327,82 +460,30 @@ def evaluation_parser():
              type=bounded(int, 1))
     add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
     add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)
-    add_flag(parser, "n_samples", "digits to generate", 10_000, type=bounded(int, 2000, 50_000))
-    add_flag(parser, "steps", "network evaluations for a digit", SAMPLERS[DEFAULT_SAMPLER].steps,
-             type=bounded(int, 1))
+    add_flag(parser, "n_samples", "digits to generate", 10_000, type=bounded(int, 2000, MOST))
     add_flag(parser, "seed", "of all random numbers", 0, type=bounded(int, 0))
     add_flag(parser, "seeds", "times to generate them, from --seed on", 1,
              type=bounded(int, 1, 100))
+    add_flag(parser, "digits", "evaluate the digits in this .npz file, as generate.py --out writes "
+             "them, instead of checkpoints", type=Path)
     parser.add_argument("--train_classifier", action="store_true",
                         help="make checkpoints/classifier.pth anew, and end")
     return parser
 
 
-def load_models(args, device):
-    """Return [(path, model, epoch)] of the checkpoints that the flags ask for.
-
-    Raises InputError where one is damaged, or of another form than the last or than the flags say.
-    """
-    paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
-    found = []
-    for path in paths[::-args.every][::-1]:  # the last one is always among them
-        model, checkpoint = load_checkpoint(path, device)
-        found.append((path, model, checkpoint["epoch"]))
-    last_path, last_model, _ = found[-1]
-    refuse_contradictions(args, last_model.config, last_path)
-    for path, model, _ in found:
-        if model.config != last_model.config:
-            raise InputError(f"{path} is of another form than {last_path}: evaluate it apart, by "
-                             "--checkpoint_path")
-    return found
-
-
-def make_judge(latent_model, device):
-    """Return the Judge of digits of the model's form, with the model's own latent space."""
-    form = latent_model.config["image_size"], latent_model.config["channels"]
-    train, test = (load_mnist(part, *form, device) for part in ("train", "test"))
-    return Judge(load_classifier(device), latent_model, train, test)
-
-
-def run_evaluation(args, device):
-    """Evaluate the checkpoints that the flags ask for; print and write the results as they come."""
-    models = load_models(args, device)
-    last_path, last_model, last_epoch = models[-1]
-    check_steps(last_model, args.steps)
-    datas = args.root / "datas"
-    prepare_folder(datas)
-    judge = make_judge(last_model, device)
-    labels = spread_labels(judge.test_labels, args.n_samples)
-    seeds = range(args.seed, args.seed + args.seeds)
-    print(f"{args.n_samples:,} digits in {args.steps} steps; seeds: {args.seeds}; "
-          f"latent space: {last_path}\n{HEAD}")
-    mark = real_row(judge, labels)
-    print_rows([mark])
-    conditions = dict(n_samples=args.n_samples, steps=args.steps, latent_epoch=last_epoch)
-    table, evaluations = [mark | conditions], []
-    for _, model, epoch in models:
-        rows, pairs = evaluate(model, epoch, judge, labels, args.steps, seeds, args.batch_size)
-        evaluations.append(rows)
-        table += [row | conditions for row in rows]
-        write_csv(datas / "metrics.csv", table)
-        plot_metrics(datas / "metrics.png", mark, evaluations)
-        with replacing(datas / f"metrics_closest_{epoch}.png") as file:
-            draw_grid(pairs.cpu(), 10).save(file, format="png")
-        print_rows(rows)
-    print(f"{datas}: metrics.csv, metrics.png and, for each epoch, metrics_closest_{{epoch}}.png")
-
-
 def main(argv=None):
-    """Evaluate, or train the classifier, as the flags say."""
+    """Evaluate checkpoints or digits, or train the classifier, as the flags say."""
     args = evaluation_parser().parse_args(argv)
     device = torch.device(args.device)
     if args.train_classifier:
         make_classifier(device, args.seed)
-    else:
-        # without TF32, that is in float32 throughout, so that machines agree
-        with (torch.inference_mode(),
-              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
-            run_evaluation(args, device)
+        return
+    # without TF32, that is in float32 throughout, so that machines agree
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if args.digits:
+            evaluate_digits(args.digits, device)
+        else:
+            evaluate_checkpoints(args, device)
 
 
 if __name__ == "__main__":

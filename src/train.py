@@ -59,6 +59,10 @@ class Settings:
     # The same error of the noise spoils the clean image the more, the larger t is.
     loss_power: float = 0.5
 
+    # Sampling clips images to [-1, 1], so nothing that is predicted beyond these edges is an error
+    # where the edge itself is right. With another edge than 1, an infinite one for instance, it is.
+    edge: float = 1.0
+
     # The share of labels that are hidden, so that the network also learns to predict without one.
     label_dropout: float = 0.05
 
@@ -259,9 +263,9 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
     An error of eps is one of x_0, alpha_t / sigma_t times as large. So with weights of
-    (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), but for one thing: sampling clips
-    images to [-1, 1], and most pixels are black. What is predicted darker than black is no error
-    where black is right. So the network can make black certain, without having to hit it.
+    (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), but for one thing: most pixels are
+    black, and sampling clips images. What is predicted darker than black is no error where black is
+    right. So the network can make black certain, without having to hit it.
 
     For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the image but
     x_0 + w (x_label - x_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that would
@@ -283,7 +287,8 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     x_null = implied_x_0(eps_null, x_t[guided], alpha_t[guided], sigma_t[guided])
     target = x_0.clone()
     target[guided] += settings.model_guidance * (x_label.clamp(-1, 1) - x_null.clamp(-1, 1))
-    is_right = predicted.clamp(-1, 1) == target.clamp(-1, 1)
+    edge = settings.edge
+    is_right = predicted.clamp(-edge, edge) == target.clamp(-edge, edge)
     errors = (predicted - target).masked_fill(is_right, 0).square()
     weights = (alpha_t / sigma_t).square() * alpha_t.pow(-2 * settings.loss_power)
     return (weights * errors).mean()

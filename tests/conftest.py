@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import generate
 import test
 import train
 from common import load_tensors, run_script
@@ -59,7 +60,7 @@ def pytest_addoption(parser):
 def use_small_mnist(monkeypatch):
     """Give main() in this process few images: 500 of the test set; train.py 256, test.py 3,000."""
     load = train.load_mnist
-    for module, count in ((train, 256), (test, 3000)):
+    for module, count in ((train, 256), (generate, None), (test, 3000)):
         def load_few(part, *form, count=count, **keywords):
             limit = count if part == "train" else 500
             return [values[:limit] for values in load(part, *form, **keywords)]

@@ -44,6 +44,13 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
         assert real == made and real[0] == (20, 1, 28, 28)
 
 
+def test_told_apart_are_other_images_but_not_others_of_the_same_kind(mnist):
+    images, _ = mnist["train"]
+    first, second = images[:400], images[400:800]
+    assert benchmark.told_apart(255 - first, second, seed=0) > 0.95
+    assert benchmark.told_apart(first, second, seed=0) == pytest.approx(0.5, abs=0.15)
+
+
 @pytest.mark.parametrize("name", benchmark.RECIPES)
 def test_benchmark_of_the_recipe_trains_by_every_variant(name, mnist):
     few = [values[:64] for values in mnist["train"]]

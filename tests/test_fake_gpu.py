@@ -123,12 +123,11 @@ def test_sampling_runs_on_the_gpu(sampler, guidance, model):
 
 
 @pytest.fixture
-def judge(model):
+def judge():
     """What Judge's methods use of a Judge; its thresholds depend on values, which are not there."""
     images = on_gpu(2000, 1, 28, 28, dtype=torch.uint8)
-    return SimpleNamespace(classifier=test.Classifier().eval(), latent_model=model,
-                           train_images=images, train_pixels=test.mnist_pixels(images),
-                           thresholds=on_gpu(10))
+    return SimpleNamespace(classifier=test.Classifier().eval(), train_images=images,
+                           train_pixels=test.mnist_pixels(images), thresholds=on_gpu(10))
 
 
 def test_metrics_run_on_the_gpu(model, judge):
@@ -136,6 +135,7 @@ def test_metrics_run_on_the_gpu(model, judge):
     made = test.Judge.describe(judge, images)
     assert all(values.device == CUDA for values in made)
     assert test.Judge.closest_pairs(judge, images, made).device == CUDA
+    assert test.latent_features(model, images).device == CUDA
     assert test.spread_labels(labels, 2000).device == CUDA
     (made.distances < judge.thresholds[made.digits]) & (made.digits == labels)
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import (REPOSITORY, call, error_of, read_csv, saved_state, use_small_mnist,
@@ -71,12 +72,10 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
     assert str(small_model.config[name[2:]]) in message
 
 
-@pytest.mark.parametrize("main, folder", [
-    (generate.main, "generated_samples"), (test.main, "datas")])
-def test_more_steps_than_the_model_has(main, folder, small_model, tmp_path, capsys):
+def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
-    assert "1000" in error_of(main, ["--root", str(tmp_path), "--steps", "1001"], capsys)
-    assert not list(tmp_path.glob(f"{folder}/*"))
+    assert "1000" in error_of(generate.main, ["--root", str(tmp_path), "--steps", "1001"], capsys)
+    assert not list(tmp_path.glob("generated_samples/*"))
 
 
 # ---- checkpoints and states ----
@@ -243,6 +242,47 @@ def test_damaged_archive(damage, copied_mnist, tmp_path, capsys):
     message = error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
     assert str(copied_mnist) in message and "git checkout mnist" in message
     assert not (tmp_path / "run").exists()
+
+
+# ---- digits from anywhere ----
+IMAGES, LABELS = np.zeros((2000, 28, 28), np.uint8), np.arange(2000) % 10
+
+
+@pytest.mark.parametrize("arrays, named", [
+    ((IMAGES[:1999],), "1,999"),
+    ((IMAGES.astype(np.float32),), "float32"),
+    ((np.full((2000, 28, 28), np.nan),), "float64"),
+    ((IMAGES[:, :14],), "(2000, 14, 28)"),
+    ((IMAGES.reshape(2000, 784),), "ValueError"),
+    ((np.zeros((2000, 28, 28, 2), np.uint8),), "(2000, 28, 28, 2)"),
+    ((IMAGES, LABELS[:1999]), "arr_1"),
+    ((IMAGES, LABELS + 1), "arr_1"),
+    ((IMAGES, LABELS - 1), "arr_1"),
+    ((IMAGES, LABELS / 2), "arr_1"),
+    ((IMAGES, LABELS % 2), "digits in the proportions"),
+    ((IMAGES, np.array([Hostile()] * 2000)), "arr_1"),
+])
+def test_digits_of_another_form(arrays, named, tmp_path, monkeypatch, small_mnist, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("digits.npz", *arrays)
+    message = error_of(test.main, ["--digits", "digits.npz", "--device", "cpu"], capsys)
+    assert "digits.npz" in message and named in message
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, text, list_of_numbers,
+                                    folder])
+def test_damaged_digits(damage, tmp_path, capsys):
+    path = tmp_path / "digits.npz"
+    np.savez(path, IMAGES, LABELS)
+    damage(path)
+    assert str(path) in error_of(test.main, ["--digits", str(path), "--device", "cpu"], capsys)
+
+
+def test_missing_digits(tmp_path, capsys):
+    path = tmp_path / "none.npz"
+    message = error_of(test.main, ["--digits", str(path), "--device", "cpu"], capsys)
+    assert message.startswith(f"{path} does not exist")
 
 
 # ---- folders ----

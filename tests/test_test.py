@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torchvision.transforms.v2.functional import gaussian_blur
 
+import generate
 import test
 import train
 from common import generator
@@ -176,10 +177,8 @@ def test_nearest_is_the_nearest():
 
 @pytest.fixture(scope="module")
 def judge(classifier, mnist):
-    torch.manual_seed(0)
-    model = train.SimpleUnet(widths=(8, 16)).eval().requires_grad_(False)
     (train_images, train_labels), (test_images, test_labels) = mnist["train"], mnist["test"]
-    judge = test.Judge(classifier, model, (train_images[:10000], train_labels[:10000]),
+    judge = test.Judge(classifier, (train_images[:10000], train_labels[:10000]),
                        (test_images[:2000], test_labels[:2000]))
     are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
     assert share(are_copies) == pytest.approx(0.01, abs=0.003)
@@ -188,8 +187,13 @@ def judge(classifier, mnist):
 
 @pytest.fixture(scope="module")
 def scores(judge):
-    """A function that returns the scores of images and labels."""
-    return lambda images, labels: judge.scores(judge.describe(images), labels)
+    """A function that returns the scores of images and labels, also in a latent space."""
+    torch.manual_seed(0)
+    model = train.SimpleUnet(widths=(8, 16)).eval().requires_grad_(False)
+    real = test.latent_features(model, judge.test_images)
+    return lambda images, labels: dict(
+        fid_latent=test.frechet_distance(test.latent_features(model, images), real),
+        **judge.scores(judge.describe(images), labels))
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +291,8 @@ def test_mse_does_not_depend_on_the_batch_size(small_model, mnist):
 # ---- labels ----
 def test_labels_have_the_proportions_of_the_test_set(mnist):
     labels = mnist["test"][1]
-    assert test.spread_labels(labels, 10000).equal(labels.sort().values)
-    counts = test.spread_labels(labels, 2000).bincount()
+    assert generate.spread_labels(labels, 10000).equal(labels.sort().values)
+    counts = generate.spread_labels(labels, 2000).bincount()
     assert counts.sum() == 2000 and (counts - labels.bincount() / 5).abs().max() < 1
 
 
@@ -305,13 +309,13 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
     """(run, sampled, rows) for three checkpoints under tmp_path, at epochs 10, 20 and 30.
 
     run(*flags) is 'python src/test.py' with a random classifier and few images; the digits are
-    training images, others for each seed. sampled: (seed, steps) of all sampling so far. rows()
-    reads metrics.csv.
+    training images, others for each seed. sampled: the seeds of all sampling so far. rows() reads
+    metrics.csv.
     """
     sampled = []
 
-    def sample(model, labels, steps, seed):
-        sampled.append((seed, steps))
+    def sample(model, labels, seed):
+        sampled.append(seed)
         order = torch.randperm(3000, generator=generator(CPU, "samples", seed))
         return mnist["train"][0][order[:len(labels)]][None]
 
@@ -331,10 +335,9 @@ def evaluation(tmp_path, monkeypatch, small_model, small_mnist, mnist):
 def test_every_checkpoint_has_a_row(evaluation, tmp_path):
     run, sampled, rows = evaluation
     run()
-    assert sampled == 3 * [(0, 12)]
+    assert sampled == [0, 0, 0]
     assert [row["epoch"] for row in rows()] == ["real", "10", "20", "30"]
-    assert list(rows()[0]) == ["epoch", "seed", *test.METRICS, "n_samples", "steps",
-                              "latent_epoch"]
+    assert list(rows()[0]) == ["epoch", "seed", *test.FORMATS, "n_samples", "latent_epoch"]
     assert {row["latent_epoch"] for row in rows()} == {"30"}
     assert len({row["mse"] for row in rows()[1:]}) == 3
     for name in ("metrics", "metrics_closest_10", "metrics_closest_20", "metrics_closest_30"):
@@ -373,10 +376,9 @@ def test_which_checkpoints_are_taken(evaluation, flags, epochs):
 
 def test_every_seed_has_a_row(evaluation):
     run, sampled, rows = evaluation
-    run("--epochs", "10", "--seed", "5", "--seeds", "3", "--steps", "3")
-    assert sampled == [(5, 3), (6, 3), (7, 3)]
+    run("--epochs", "10", "--seed", "5", "--seeds", "3")
+    assert sampled == [5, 6, 7]
     assert [row["seed"] for row in rows()] == ["", "5", "6", "7"]
-    assert {row["steps"] for row in rows()} == {"3"}
     assert len({row["fid_classifier"] for row in rows()}) == 4
 
 
@@ -404,7 +406,7 @@ def test_a_run_that_stops_keeps_its_rows(evaluation, tmp_path, monkeypatch):
 def test_output_that_nobody_reads_any_more_is_not_the_pictures_fault(evaluation, monkeypatch):
     run, *_ = evaluation
 
-    def print_rows(rows):
+    def print_rows(first, rows):
         raise BrokenPipeError
 
     monkeypatch.setattr(test, "print_rows", print_rows)
@@ -432,7 +434,7 @@ def test_test_as_a_user_runs_it(trained):
     assert done.returncode == 0, done.stderr
     real, row = read_csv(folder / "datas/metrics.csv")
     assert row["epoch"] == "2"
-    assert all(math.isfinite(float(row[name])) for name in test.METRICS)
+    assert all(math.isfinite(float(row[name])) for name in test.FORMATS)
     assert float(row["mse"]) < 0.9  # a network that says 0 has 1
     assert float(row["fid_classifier"]) > float(real["fid_classifier"]) > 0
 
@@ -445,6 +447,63 @@ def test_other_forms_are_evaluated(tmp_path, small_mnist):
     assert row["epoch"] == row["latent_epoch"] == "7"
     assert float(real["accuracy"]) > 0.98 and float(row["accuracy"]) < 0.5
     assert 0 < float(real["copies"]) < 0.05
+
+
+# ---- digits from anywhere ----
+def evaluate_digits(path, capsys):
+    """Return (first line, {metric: of real digits}, {metric: of the file's}) as printed."""
+    test.main(["--digits", str(path), "--device", "cpu"])
+    first, head, real, made = capsys.readouterr().out.splitlines()
+
+    def values(line):
+        return dict(zip(head.split(), (float(text.rstrip("%")) for text in line.split()[1:]),
+                        strict=True))
+    return first, values(real), values(made)
+
+
+def test_as_many_digits_are_taken_as_fit_the_proportions(mnist):
+    real = mnist["test"][1]
+    wanted = test.fitting_labels(torch.arange(3000) % 10, real)
+    assert wanted.equal(generate.spread_labels(real, len(wanted)))
+    assert wanted.bincount().max() == 300  # these are ones, as 1,135 of 10,000 test images are
+    assert generate.spread_labels(real, len(wanted) + 1).bincount().max() == 301
+    assert test.fitting_labels(real, real).equal(real.sort().values)
+    assert len(test.fitting_labels(torch.full((5000,), 7), real)) < 10
+
+
+def test_digits_with_labels_are_compared_in_the_proportions_of_the_test_set(
+        tmp_path, mnist, small_mnist, capsys):
+    images, labels = (values[:3000].numpy() for values in mnist["train"])
+    np.savez(tmp_path / "digits.npz", images[:, 0], labels)
+    first, real, made = evaluate_digits(tmp_path / "digits.npz", capsys)
+    used = int(re.search(r"([\d,]+) of 3,000 digits", first)[1].replace(",", ""))
+    assert 2000 < used < 2900
+    assert made["accuracy"] > 99 and made["copies"] == 100
+    assert made["fid_classifier"] == pytest.approx(real["fid_classifier"], abs=1e-3)
+
+
+def test_digits_without_labels_are_compared_as_they_are(tmp_path, mnist, small_mnist, capsys):
+    images = mnist["test"][0][:500].numpy().transpose(0, 2, 3, 1)
+    np.savez_compressed(tmp_path / "digits.npz", np.tile(images, (4, 1, 1, 1)))
+    first, real, made = evaluate_digits(tmp_path / "digits.npz", capsys)
+    assert "2,000 digits" in first and "without labels" in first
+    assert list(made) == ["fid_classifier", "precision", "recall", "copies"]
+    assert made["precision"] == made["recall"] == 1
+    assert made["fid_classifier"] < 0.001 < real["fid_classifier"]
+
+
+def test_generated_digits_have_the_same_scores_from_a_file(tmp_path, small_model, small_mnist,
+                                                           capsys):
+    path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_1.pth", small_model, 1)
+    flags = ["--root", str(tmp_path), "--n_samples", "2000", "--device", "cpu"]
+    test.main(flags)
+    generate.main([*flags, "--checkpoint_path", str(path), "--proportions",
+                   "--out", str(tmp_path / "digits.npz")])
+    capsys.readouterr()
+    _, row = read_csv(tmp_path / "datas/metrics.csv")
+    _, _, made = evaluate_digits(tmp_path / "digits.npz", capsys)
+    assert made["fid_classifier"] == pytest.approx(float(row["fid_classifier"]), abs=1e-3)
+    assert made["accuracy"] == pytest.approx(100 * float(row["accuracy"]), abs=0.01)
 
 
 def test_script_is_no_unit_test():
