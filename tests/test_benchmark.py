@@ -1,4 +1,5 @@
 """docs/benchmark.py: its tables, of few digits and steps."""
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -49,6 +50,16 @@ def test_told_apart_are_other_images_but_not_others_of_the_same_kind(mnist):
     first, second = images[:400], images[400:800]
     assert benchmark.told_apart(255 - first, second, seed=0) > 0.95
     assert benchmark.told_apart(first, second, seed=0) == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_textbook_loop_learns(mnist):
+    few = [values[:256] for values in mnist["train"]]
+    settings = train.Settings(n_epochs=20, batch_size=64)
+    before, after = (benchmark.train_textbook(dataclasses.replace(settings, n_epochs=n), *few)
+                     for n in (0, 20))
+    with torch.inference_mode():
+        errors = [test.noise_mse(model, *few) for model in (before, after)]
+    assert errors[1] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize("name", benchmark.RECIPES)
