@@ -163,8 +163,7 @@ def normalize(x):
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, c_emb) -> (B, c_out, H, W): two convolutions beside a skip.
 
-    Between them the embedding scales and shifts every channel. The second one starts from zeros, so
-    that the block starts as its skip.
+    Between them the embedding scales and shifts every channel.
     """
 
     def __init__(self, c_in, c_out, c_emb):
@@ -173,7 +172,6 @@ class ResBlock(nn.Module):
         self.scale_shift = nn.Linear(c_emb, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(x))
@@ -216,7 +214,6 @@ class SimpleUnet(nn.Module):
         self.up4 = ResBlock(half + half, half, emb)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
         nn.init.normal_(self.label_embedding.weight, std=0.5)
-        nn.init.zeros_(self.conv_out.weight)
 
     def embed(self, t, labels):
         """(B,), (B,) -> (B, emb): sinusoids (Vaswani et al. 2017) of 1000 t / T, and the label."""

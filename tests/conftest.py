@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def small_model():
-    """A narrow network, random also where training starts from zeros, for prediction."""
+    """A narrow network, with larger weights than training starts from, for prediction."""
     torch.manual_seed(0)
     model = train.SimpleUnet(widths=(8, 16))
     for p in model.parameters():

@@ -52,7 +52,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_cpu(mnist):
     torch.manual_seed(0)
     model, settings = train.SimpleUnet(), train.Settings()
     for p in model.parameters():
-        p.data += 0.1 * torch.randn(p.shape)  # random also where training starts from zeros
+        p.data += 0.1 * torch.randn(p.shape)  # larger than training starts from
     images, labels = (values[:200] for values in mnist["train"])
     t, noise = torch.arange(200) * 5, torch.randn(images.shape)
     losses, gradients = [], []
