@@ -423,7 +423,7 @@ def evaluate_digits(path, device):
     images = images.to(device)
     if labels is None:
         wanted = spread_labels(judge.test_labels, len(images))
-        print(f"{path}: {len(images):,} digits, in what proportions they come, without labels")
+        print(f"{path}: {len(images):,} digits as they come, without labels")
     else:
         labels = labels.to(device)
         wanted = fitting_labels(labels, judge.test_labels)
