@@ -102,9 +102,9 @@ CHUNK = 100  # digits that are sampled together
 def clean_image_predictor(model, labels, guidance):
     """Return the predict_x_0(x_t, t, a) that samplers ask for: by the model, for labels (B,).
 
-    Predictions are clipped to [-1, 1]. guidance: s in x_null + s (x_label - x_null), which is the
-    same for clean images as for the noise (Ho, Salimans 2022). At 1 that is x_label, and the
-    network is not asked for x_null.
+    Predictions are clipped to [-1, 1]. guidance: s in x_null + s (x_label - x_null), of clipped
+    images; of others it would be the same as for the noise (Ho, Salimans 2022). At 1 that is
+    x_label, and the network is not asked for x_null.
     """
     both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 

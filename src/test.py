@@ -161,8 +161,8 @@ def share_inside(points, centres, k=3):
 def noise_mse(model, images, labels, batch_size=256):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
-    It is the noise left after the clean image that it implies is clipped to [-1, 1], as in
-    sampling: alpha_t / sigma_t times the error of that image. The t, spread evenly over the
+    The clean image that the noise implies is clipped first, as in sampling, so that this is the
+    square of alpha_t / sigma_t times that image's error. The t, spread evenly over the
     images, and the noise are drawn on the CPU, and the network runs in float32: the same for every
     checkpoint and machine.
     """
@@ -405,8 +405,9 @@ def load_digits(path):
 def fitting_labels(labels, real_labels):
     """Return as many labels, in order, as can be taken from labels in the proportions of others."""
     counts = labels.bincount(minlength=10)
-    share = (counts / real_labels.bincount(minlength=10)).min().item()
-    n = min(len(labels), int(share * len(real_labels)) + 10)  # a little more than there can be
+    # Rounding can leave room for one digit more than the proportions say: more there cannot be.
+    share = ((counts + 1) / real_labels.bincount(minlength=10)).min().item()
+    n = min(len(labels), int(share * len(real_labels)) + 1)
     while (spread_labels(real_labels, n).bincount(minlength=10) > counts).any():
         n -= 1
     return spread_labels(real_labels, n)
@@ -478,7 +479,7 @@ def main(argv=None):
     if args.train_classifier:
         make_classifier(device, args.seed)
         return
-    # without TF32, that is in float32 throughout, so that machines agree
+    # without TF32, so that what judges computes in float32 and machines agree
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if args.digits:
             evaluate_digits(args.digits, device)

@@ -60,7 +60,7 @@ class Settings:
     loss_power: float = 0.5
 
     # Sampling clips images to [-1, 1], so nothing that is predicted beyond these edges is an error
-    # where the edge itself is right. With another edge than 1, an infinite one for instance, it is.
+    # where the edge itself is right. With an infinite edge every difference is an error.
     edge: float = 1.0
 
     # The share of labels that are hidden, so that the network also learns to predict without one.
@@ -457,7 +457,7 @@ def plot_losses(path, log):
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["epoch"] for row in log], [row["loss"] for row in log], marker=".")
-    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE of the noise)", yscale="log")
+    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.xaxis.get_major_locator().set_params(integer=True)
     with replacing(path) as file:

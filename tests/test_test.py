@@ -467,7 +467,8 @@ def test_as_many_digits_are_taken_as_fit_the_proportions(mnist):
     assert wanted.equal(generate.spread_labels(real, len(wanted)))
     assert wanted.bincount().max() == 300  # these are ones, as 1,135 of 10,000 test images are
     assert generate.spread_labels(real, len(wanted) + 1).bincount().max() == 301
-    assert test.fitting_labels(real, real).equal(real.sort().values)
+    for n in range(2000, 2400):
+        assert len(test.fitting_labels(generate.spread_labels(real, n), real)) == n
     assert len(test.fitting_labels(torch.full((5000,), 7), real)) < 10
 
 
