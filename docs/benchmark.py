@@ -121,7 +121,8 @@ def textbook_training(model, optimizer, batches, steps, device, bf16):
         x_0, labels = images.to(device) * 2 - 1, labels.to(device)
         labels = labels.masked_fill(torch.rand(len(labels), device=device) < 0.1, train.NULL_LABEL)
         noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
-        x_t = train.forward_diffusion_sample(x_0, t, noise, alphas_cumprod)
+        alpha_t, sigma_t = train.signal_and_noise(t, alphas_cumprod)
+        x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = F.mse_loss(model(x_t, t, labels).float(), noise)
         optimizer.zero_grad()

@@ -175,7 +175,7 @@ def noise_mse(model, images, labels, batch_size=256):
     for images_b, t_b, noise_b, labels_b in zip(*batches, strict=True):
         x_0 = images_b / 127.5 - 1
         alpha_t, sigma_t = signal_and_noise(t_b, alphas_cumprod)
-        x_t = forward_diffusion_sample(x_0, t_b, noise_b, alphas_cumprod)
+        x_t = forward_diffusion_sample(x_0, noise_b, alpha_t, sigma_t)
         predicted = implied_x_0(model(x_t, t_b, labels_b), x_t, alpha_t, sigma_t).clamp(-1, 1)
         errors = (alpha_t / sigma_t * (predicted - x_0)).square().mean(dim=(1, 2, 3))
         total += errors.double().sum().item()

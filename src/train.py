@@ -133,9 +133,8 @@ def signal_and_noise(t, alphas_cumprod):
     return a.sqrt().float(), (1 - a).sqrt().float()
 
 
-def forward_diffusion_sample(x_0, t, noise, alphas_cumprod):
+def forward_diffusion_sample(x_0, noise, alpha_t, sigma_t):
     """Return x_t (B, C, H, W), drawn from q(x_t | x_0) by noise ~ N(0, 1) (DDPM, eq. 4)."""
-    alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     return alpha_t * x_0 + sigma_t * noise
 
 
@@ -270,7 +269,7 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     the images of its second quarter.
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
-    x_t = alpha_t * x_0 + sigma_t * noise
+    x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     guided = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)

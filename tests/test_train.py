@@ -50,7 +50,8 @@ def test_a_t_whose_last_beta_would_be_1_is_refused():
 def test_forward_process_is_that_of_ddpm():
     reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
-    x_t = train.forward_diffusion_sample(x_0, t, noise, train.cumulative_alphas(1000))
+    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(1000))
+    x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     assert x_t.dtype == torch.float32
     torch.testing.assert_close(x_t, reference.add_noise(x_0, noise, t), rtol=1e-4, atol=1e-5)
 
