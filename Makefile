@@ -4,13 +4,36 @@ demo: .venv/installed
 	rm -rf demo
 	$(PYTHON) src/train.py --root demo --n_epochs 2 --save_every 1 --batch_size 64
 	$(PYTHON) src/generate.py --root demo --labels 0 1 2 3 4 5 6 7 8 9 --n_samples 100
-	$(PYTHON) src/test.py --root demo --n_samples 2000
+	$(PYTHON) src/test.py --root demo
 	@echo "digits:  demo/generated_samples/generated_samples_2.png"
 	@echo "metrics: demo/datas/metrics.png"
 
 test: .venv/installed-dev
 	$(PYTHON) -m pytest
 	.venv/bin/ruff check
+
+RUN = runs/released
+
+release: .venv/installed  # an hour or two: checkpoints/pretrained.pth, and all that shows it
+	$(PYTHON) src/train.py --root $(RUN) --n_epochs 80 --batch_size 128
+	$(PYTHON) src/test.py --root $(RUN) --every 4 --seeds 3
+	cp $(RUN)/checkpoints/diffusion_epoch_80.pth checkpoints/pretrained.pth
+	set -e; for file in train_log.csv train_log.png metrics.csv metrics.png; do \
+		cp $(RUN)/datas/$$file datas/released_$$file; done
+	cp $(RUN)/datas/metrics_closest_80.png datas/released_closest.png
+	$(PYTHON) docs/figures.py
+
+TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe
+
+tables: $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
+
+docs/tables/%.md: .venv/installed always
+	mkdir -p docs/tables
+	$(PYTHON) docs/benchmark.py $* > $@.tmp
+	mv $@.tmp $@
+
+figures: .venv/installed
+	$(PYTHON) docs/figures.py
 
 .venv/bin/python:
 	python3 -m venv .venv
@@ -24,4 +47,4 @@ test: .venv/installed-dev
 	touch $@
 
 .DELETE_ON_ERROR:  # no half-made .venv
-.PHONY: demo test
+.PHONY: demo test release tables figures always

@@ -1,23 +1,33 @@
-"""Measure speed, and what generated digits, samplers, guidance and the recipe are worth.
+"""Print the tables of docs/tables: speed, and what generated digits and the recipe are worth.
 
     python docs/benchmark.py training    images a second, beside a textbook loop: minutes
-    python docs/benchmark.py sampling    digits a second, beside the network alone: minutes
-    python docs/benchmark.py samplers    distance and time of every sampler: hours on a CPU
-    python docs/benchmark.py guidance    digits at several strengths of guidance: minutes
-    python docs/benchmark.py floors      distances among real digits: seconds
-    python docs/benchmark.py usefulness  a classifier trained on generated digits alone: an hour
+    python docs/benchmark.py sampling    digits a second: minutes
+    python docs/benchmark.py released    the released weights' metrics: minutes
+    python docs/benchmark.py floors      distances among real digits: a minute
+    python docs/benchmark.py guidance    digits at several strengths of guidance: a quarter hour
+    python docs/benchmark.py samplers    distance and time of every sampler: an hour
+    python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
-    python docs/benchmark.py recipe      digits without one choice of the recipe at a time: hours
     python docs/benchmark.py time        digits after so many epochs, and a textbook loop's: hours
+    python docs/benchmark.py recipe      digits without one choice of the recipe at a time: hours
+
+The times are those of two CPU cores. "make tables" prints all tables into their files, "make
+docs/tables/NAME.md" prints one.
 """
+import argparse
+import contextlib
 import dataclasses
+import datetime
 import functools
+import inspect
+import io
 import itertools
 import math
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,14 +42,51 @@ from torchvision.transforms import ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+import test as evaluation
 import train
-from common import REPOSITORY, add_flag, bounded, has_bf16, make_parser, run_script
+from common import (REPOSITORY, add_device_flag, add_flag, bounded, generator, has_bf16,
+                    run_script)
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
-                      sample)
-from test import (classify, frechet_distance, latent_features, load_classifier, mnist_pixels,
-                  pick_images, share_inside, spread_labels, train_classifier)
+                      sample, to_pixels)
+from test import (classify, distort, frechet_distance, latent_features, load_classifier,
+                  mnist_pixels, pick_images, share_inside, spread_labels, train_classifier)
 
+RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
+
+
+# ---- tables ----
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_header(*names):
+    print_row(*names)
+    print("|---" * len(names) + "|", flush=True)
+
+
+def with_deviation(values, form):
+    """Return the mean and, of several values, the standard deviation as text."""
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def conditions(device):
+    """Return a line that says of what code, where and when the figures below it are."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True,
+                              text=True).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--", "src") or "unknown"
+    changed = ", changed" if git("status", "--porcelain", "--", "src") else ""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = (f"{torch.get_num_threads()} threads of a CPU with "
+                   f"{torch.backends.cpu.get_cpu_capability()}"
+                   f"{' and bfloat16' if has_bf16(device) else ''}")
+    return (f"Commit {commit} of src{changed}; {machine}; torch {torch.__version__}, Python "
+            f"{platform.python_version()}; {datetime.date.today()}.")
 
 
 # ---- speed ----
@@ -68,9 +115,11 @@ def rates(tasks, device, rounds=7):
             taken = seconds(function, device)
             if number > 0:
                 result[name].append(amount / taken)
+    print_header("", "median", f"range of {rounds} rounds")
     for name, values in result.items():
-        print(f"{name:24}{statistics.median(values):9.0f} {tasks[name][2]}/s  "
-              f"({min(values):.0f} to {max(values):.0f})")
+        print_row(name, f"{statistics.median(values):,.0f} {tasks[name][2]}/s",
+                  f"{min(values):,.0f} to {max(values):,.0f}")
+    print()
     return result
 
 
@@ -164,37 +213,38 @@ def saving_time(state):
                                          state.rng.device) for _ in range(7))
 
 
-def training_speed(args, device):
+def training_speed(device, batch_size=128):
     """Print images a second of training, beside textbook loops and a matrix product."""
     images, labels = train.load_mnist("train", device=device)
-    state = train.State(train.Settings(batch_size=args.batch_size), device)
-    flops = flops_of_an_image(state, images[:args.batch_size], labels[:args.batch_size])
+    state = train.State(train.Settings(batch_size=batch_size), device)
+    flops = flops_of_an_image(state, images[:batch_size], labels[:batch_size])
     ours = functools.partial(our_training, state, images, labels)
     ours()
     memory = peak_memory(device)  # before the textbook loops add their own
-    n = args.batch_size * TRAINING_STEPS
-    textbooks = textbook_tasks(images, labels, args.batch_size)
+    n = batch_size * TRAINING_STEPS
+    textbooks = textbook_tasks(images, labels, batch_size)
     tasks = {name: (task, n, "images") for name, task in {"training": ours, **textbooks}.items()}
     side = 16384 if device.type == "cuda" else 2048  # enough for full speed
     matrix = torch.randn(side, side, device=device).to(
         torch.bfloat16 if has_bf16(device) else torch.float32)
-    tasks["matrix product"] = lambda: matrix @ matrix, 2 * side**3 / 1e9, "GFLOP"
-    measured = rates(tasks, device)
-    for name in textbooks:
-        print(f"training is {ratio(measured['training'], measured[name]):.2f} times as fast as "
-              f"{name}")
-    share = ratio(measured["training"], measured["matrix product"]) * flops / 1e9
-    print(f"{flops / 1e6:.0f} MFLOP an image make {share:.0%} of the matrix product's; "
-          f"peak memory {memory:.0f} MiB")
+    tasks[f"product of two {side} x {side} matrices"] = (
+        lambda: matrix @ matrix, 2 * side**3 / 1e9, "GFLOP")
+    print(f"Batches of {batch_size}.\n")
+    *measured, product = rates(tasks, device).values()
+    for name, values in zip(textbooks, measured[1:], strict=True):
+        print(f"Training is {ratio(measured[0], values):.2f} times as fast as the {name} loop.")
+    share = ratio(measured[0], product) * flops / 1e9
+    print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes {share:.0%} of the matrix "
+          f"product's rate.\nThe peak of memory is {memory:.0f} MiB.")
     saving = saving_time(state)
-    print(f"saving the state takes {saving:.2f} s, every {train.SAVE_INTERVAL} s: "
-          f"{saving / train.SAVE_INTERVAL:.1%}")
+    print(f"The state takes {saving:.2f} s to save, every {train.SAVE_INTERVAL} s: "
+          f"{saving / train.SAVE_INTERVAL:.1%} of the time.")
 
 
 @torch.inference_mode()
-def sampling_speed(args, device):
-    """Print digits a second of the default sampler, and of the network alone, as often."""
-    model, _ = load_checkpoint(args.checkpoint_path, device)
+def sampling_speed(device, checkpoint_path=RELEASED):
+    """Print digits a second of the default sampler, and of its predictions alone."""
+    model, _ = load_checkpoint(checkpoint_path, device)
     digits = 10 * CHUNK
     steps = SAMPLERS[DEFAULT_SAMPLER].steps
     labels = torch.arange(digits) % 10
@@ -202,22 +252,34 @@ def sampling_speed(args, device):
     size, channels = model.config["image_size"], model.config["channels"]
     x_t = torch.randn(CHUNK, channels, size, size, device=device)
 
-    def network():
+    def predictions():
         for i in range(digits // CHUNK * steps):
             predict_x_0(x_t, 80 * (i % steps), 0.5)
 
+    print(f"{steps} steps, {digits:,} digits at a time.\n")
     measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
-                      "network alone": (network, digits, "digits")}, device)
-    print(f"sampling reaches {ratio(measured['sampling'], measured['network alone']):.0%} of the "
-          f"network's rate; peak memory {peak_memory(device):.0f} MiB")
+                      "its predictions alone": (predictions, digits, "digits")}, device)
+    share = ratio(measured["sampling"], measured["its predictions alone"])
+    print(f"Sampling reaches {share:.0%} of its predictions' rate. The peak of memory is "
+          f"{peak_memory(device):.0f} MiB.")
 
 
 # ---- quality ----
+QUALITY = {"accuracy": ".2%", "Frechet distance": ".4f", "precision": ".3f", "recall": ".3f"}
+
+
+def quality_cells(judged):
+    """Return the table's cells for what judge said, seed by seed."""
+    return [with_deviation(values, form)
+            for values, form in zip(zip(*judged, strict=True), QUALITY.values(), strict=True)]
+
+
 @torch.inference_mode()
 def make_judge(device, n_samples):
-    """Return (labels (N,), function that tells what digits generated for them are worth).
+    """Return (labels (N,), judge, mark): a function of digits generated for them, and its values.
 
-    It returns accuracy, classifier FID, precision and recall.
+    judge(digits) returns the values of QUALITY, beside the 10,000 test images; mark holds them for
+    as many training images.
     """
     classifier = load_classifier(device)
     images, true_labels = train.load_mnist("test", device=device)
@@ -229,56 +291,24 @@ def make_judge(device, n_samples):
         features, read = classify(classifier, mnist_pixels(digits.to(device)))
         return ((read == labels).double().mean().item(), frechet_distance(features, real),
                 share_inside(features, real), share_inside(real, features))
-    return labels, judge
+    return labels, judge, judge(pick_images(*train.load_mnist("train", device=device), labels))
 
 
-def with_deviation(values, form):
-    """Return the mean and, of several values, the standard deviation as text."""
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
-
-
-def sampler_table(args, device):
-    """Print classifier FID and the seconds for 1,000 digits."""
-    model, _ = load_checkpoint(args.checkpoint_path, device)
-    labels, judge = make_judge(device, args.n_samples)
-    sample(model, labels[:CHUNK])  # warm up
-
-    def cell(sampler, steps):
-        distances, times = [], []
-        for seed in range(args.seeds):
-            start = time.perf_counter()
-            digits = sample(model, labels, sampler, steps, seed)[-1]
-            times.append((time.perf_counter() - start) * 1000 / args.n_samples)
-            distances.append(judge(digits)[1])
-        return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
-
-    print(f"classifier FID of {args.n_samples:,} digits, {args.seeds} seeds; seconds for 1,000\n")
-    print(f"| sampler | {' | '.join(f'{steps} steps' for steps in args.steps)} |")
-    print(f"|---{'|---' * len(args.steps)}|")
-    for name in SAMPLERS:
-        print(f"| {name} | {' | '.join(cell(name, steps) for steps in args.steps)} |", flush=True)
-
-
-GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
-
-
-def guidance_table(args, device):
-    """Print what digits are worth at several strengths of guidance."""
-    model, _ = load_checkpoint(args.checkpoint_path, device)
-    labels, judge = make_judge(device, args.n_samples)
-    print(f"{args.n_samples:,} digits\n\n| guidance | accuracy | FID | precision | recall |"
-          "\n|---|---|---|---|---|")
-    for guidance in GUIDANCE:
-        accuracy, distance, precision, recall = judge(sample(model, labels, guidance=guidance)[-1])
-        print(f"| {guidance} | {accuracy:.2%} | {distance:.4f} | {precision:.3f} | {recall:.3f} |",
-              flush=True)
+def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
+    """Print what src/test.py prints for the released weights."""
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(printed):
+        evaluation.main(["--root", root, "--checkpoint_path", str(checkpoint_path), "--n_samples",
+                         str(n_samples), "--seeds", str(seeds), "--device", str(device)])
+    # no path of this machine, and not the last line, which says where the files are
+    *table, _ = printed.getvalue().replace(f"{REPOSITORY}/", "").splitlines()
+    print("```", *table, "```", sep="\n")
 
 
 @torch.inference_mode()
-def floor_table(args, device):
+def floor_table(device, checkpoint_path=RELEASED):
     """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
-    model, _ = load_checkpoint(args.checkpoint_path, device)
+    model, _ = load_checkpoint(checkpoint_path, device)
     classifier = load_classifier(device)
     form = model.config["image_size"], model.config["channels"], device
     train_images, test_images = (train.load_mnist(part, *form)[0] for part in ("train", "test"))
@@ -287,80 +317,78 @@ def floor_table(args, device):
         return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
 
     judged = features(test_images[1::2])
-    print("distance to 5,000 test images\n\n| | fid_latent | fid_classifier |\n|---|---|---|")
+    print("Frechet distances to 5,000 of the test images.\n")
+    print_header("", "fid_latent", "fid_classifier")
     for name, images in (("the other 5,000", test_images[::2]),
                          ("5,000 training images", train_images[:5000])):
-        latent, read = map(frechet_distance, features(images), judged)
-        print(f"| {name} | {latent:.4f} | {read:.4f} |")
+        print_row(name, *(f"{frechet_distance(*pair):.4f}"
+                          for pair in zip(features(images), judged, strict=True)))
 
 
-def usefulness_table(args, device):
+GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
+
+
+def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
+    """Print what digits are worth at several strengths of guidance."""
+    model, _ = load_checkpoint(checkpoint_path, device)
+    labels, judge, mark = make_judge(device, n_samples)
+    print(f"{n_samples:,} digits, {seeds} seeds.\n")
+    print_header("guidance", *QUALITY)
+    for guidance in GUIDANCE:
+        print_row(guidance, *quality_cells([
+            judge(sample(model, labels, seed=seed, guidance=guidance)[-1])
+            for seed in range(seeds)]))
+    print_row("training images", *quality_cells([mark]))
+
+
+def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3,
+                  steps=(5, 12, 20, 50)):
+    """Print the Frechet distance, and the seconds for 1,000 digits, of every sampler."""
+    model, _ = load_checkpoint(checkpoint_path, device)
+    labels, judge, mark = make_judge(device, n_samples)
+    sample(model, labels[:CHUNK])  # warm up
+
+    def cell(sampler, n_steps):
+        distances, times = [], []
+        for seed in range(seeds):
+            start = time.perf_counter()
+            digits = sample(model, labels, sampler, n_steps, seed)[-1]
+            times.append((time.perf_counter() - start) * 1000 / n_samples)
+            distances.append(judge(digits)[1])
+        return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
+
+    print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds, and seconds for 1,000. As "
+          f"many training images have {mark[1]:.4f}.\n")
+    print_header("sampler", *(f"{n_steps} steps" for n_steps in steps))
+    for name in SAMPLERS:
+        print_row(name, *(cell(name, n_steps) for n_steps in steps))
+
+
+def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=3):
     """Print how many real test digits classifiers read that were trained on generated digits alone.
 
     And on as many real ones, with the same labels: the classification accuracy score (Ravuri,
     Vinyals 2019).
     """
-    model, _ = load_checkpoint(args.checkpoint_path, device)
+    model, _ = load_checkpoint(checkpoint_path, device)
     images, labels = train.load_mnist("train", device=device)
-    images, labels = images[:args.n_samples], labels[:args.n_samples]
+    images, labels = images[:n_samples], labels[:n_samples]
     test_images, test_labels = train.load_mnist("test", device=device)
-    print(f"trained on {len(images):,} digits; {args.seeds} seeds\n\n| | test digits read right |"
-          "\n|---|---|")
 
     def score(images, seed):
         classifier = train_classifier(images, labels, seed)
         _, read = classify(classifier, mnist_pixels(test_images))
         return (read == test_labels).double().mean().item()
 
-    seeds = range(args.seeds)
-    real = [score(images, seed) for seed in seeds]
-    print(f"| real | {with_deviation(real, '.2%')} |", flush=True)
-    made = [score(sample(model, labels, seed=seed)[-1].to(device), seed) for seed in seeds]
-    print(f"| generated | {with_deviation(made, '.2%')} |")
+    print(f"Classifiers trained on {len(images):,} digits, {seeds} seeds.\n")
+    print_header("trained on", "test digits read right")
+    for name, digits in (("real digits", lambda seed: images),
+                         ("generated digits",
+                          lambda seed: sample(model, labels, seed=seed)[-1].to(device))):
+        print_row(name, with_deviation([score(digits(seed), seed) for seed in range(seeds)], ".2%"))
 
 
-def told_apart(generated, real, seed):
-    """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
-
-    It is a Classifier of two classes, trained in float32 on 80 % of the images, asked on the rest.
-    """
-    images = torch.cat([generated, real])
-    is_real = torch.arange(len(images), device=images.device) >= len(generated)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    seen, unseen = order.to(images.device).tensor_split([len(images) * 4 // 5])
-    network = train_classifier(images[seen], is_real[seen].long(), seed, bf16=False)
-    _, answers = classify(network, mnist_pixels(images[unseen]))
-    return (answers == is_real[unseen]).double().mean().item()
-
-
-def told_apart_table(args, device):
-    """Print how often a network tells digits from real ones: as they are, and in black and white.
-
-    The mark is of training images against test images. 50 % would be guessing.
-    """
-    model, _ = load_checkpoint(args.checkpoint_path, device)
-    images, labels = train.load_mnist("train", device=device)
-    real, real_labels = train.load_mnist("test", device=device)
-    wanted = spread_labels(real_labels, 10_000)
-    print(f"10,000 digits of each kind, a fifth of them to test; {args.seeds} seeds\n\n"
-          "| | as they are | in black and white |\n|---|---|---|")
-
-    def black_and_white(images):
-        return (images > 127).byte() * 255
-
-    def row(name, generate):
-        grey, binary = [], []
-        for seed in range(args.seeds):
-            made = generate(seed)
-            grey.append(told_apart(made, real, seed))
-            binary.append(told_apart(black_and_white(made), black_and_white(real), seed))
-        print(f"| {name} | {with_deviation(grey, '.1%')} | {with_deviation(binary, '.1%')} |",
-              flush=True)
-
-    row("training images", lambda seed: pick_images(images, labels, wanted))
-    row(args.checkpoint_path.stem, lambda seed: sample(model, wanted, seed=seed)[-1].to(device))
-
-
+# ---- the recipe, and others ----
 def adamw_alone(state):
     """Give Muon's kernels to AdamW."""
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
@@ -368,25 +396,20 @@ def adamw_alone(state):
     state.muon.stacks, state.muon.buffers, state.muon.streams = [], [], []
 
 
-@torch.no_grad()
-def labels_from_0(state):
-    """Let the label embedding start from 0."""
-    for model in (state.model, state.average):
-        model.label_embedding.weight.zero_()
-
-
 RECIPES = {  # other settings; what is done to the state; whether the rates fall
     "the recipe": ({}, None, True),
     "what is darker than black is an error, too": (dict(edge=math.inf), None, True),
     "no guidance in training": (dict(model_guidance=0.0), None, True),
+    "no guidance in training, t nearly uniform": (
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7), None, True),
     "no guidance in training, t nearly uniform, all as heavy (as DDPM)": (
         dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
+    "gradients of any length": (dict(max_norm=math.inf), None, True),
     "AdamW at 0.002 for all": (dict(adamw_rate=0.002), adamw_alone, True),
     "AdamW at 0.005 for all": (dict(adamw_rate=0.005), adamw_alone, True),
     "no average of the weights": (dict(ema_decay=0.0), None, True),
     "rates that do not fall": ({}, None, False),
     "a tenth of the labels hidden": (dict(label_dropout=0.1), None, True),
-    "label embedding from 0": ({}, labels_from_0, True),
 }
 
 
@@ -415,75 +438,147 @@ def train_textbook(settings, images, labels):
     return model.eval().requires_grad_(False)
 
 
+def train_timed(name, settings, images, labels):
+    """Return the network of a run of a RECIPES' row or of "textbook", and its seconds."""
+    start = time.perf_counter()
+    if name == "textbook":
+        model = train_textbook(settings, images, labels)
+    else:
+        model = train_variant(name, settings, images, labels)
+    next(model.parameters()).sum().item()  # a GPU has done its work then
+    return model, time.perf_counter() - start
+
+
+def recipe_table(device, n_epochs=2, batch_size=64, n_samples=10_000, seeds=3):
+    """Train with one choice at a time taken back; print what the digits are worth then."""
+    wanted, judge, mark = make_judge(device, n_samples)
+    images, labels = train.load_mnist("train", device=device)
+    print(f"{n_epochs} epochs in batches of {batch_size}; {n_samples:,} digits, {seeds} seeds.\n")
+    print_header("", *QUALITY)
+    for name in RECIPES:
+        judged = []
+        for seed in range(seeds):
+            settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
+            average = train_variant(name, settings, images, labels)
+            judged.append(judge(sample(average, wanted, seed=seed)[-1]))
+        print_row(name, *quality_cells(judged))
+    print_row("training images", *quality_cells([mark]))
+
+
 RUNS = [("textbook", epochs, 64) for epochs in (2, 4, 8, 16)] + [
     ("the recipe", 1, 64), ("the recipe", 2, 64), ("the recipe", 8, 64), ("the recipe", 16, 128)]
 
 
-def time_table(args, device):
+def time_table(device, n_samples=10_000, seeds=3):
     """Print what digits are worth after more and more epochs, and how long these took."""
-    wanted, judge = make_judge(device, args.n_samples)
+    wanted, judge, mark = make_judge(device, n_samples)
     images, labels = train.load_mnist("train", device=device)
-    print(f"{args.n_samples:,} digits, {args.seeds} seeds\n\n"
-          "| | epochs | batch | seconds | accuracy | classifier FID |\n|---|---|---|---|---|---|")
+    print(f"{n_samples:,} digits, {seeds} seeds.\n")
+    print_header("training", "epochs", "batch", "seconds", *QUALITY)
     for name, n_epochs, batch_size in RUNS:
         judged, times = [], []
-        for seed in range(args.seeds):
+        for seed in range(seeds):
             settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
-            start = time.perf_counter()
-            if name == "textbook":
-                model = train_textbook(settings, images, labels)
-            else:
-                model = train_variant(name, settings, images, labels)
-            next(model.parameters()).sum().item()  # a GPU has done its work then
-            times.append(time.perf_counter() - start)
+            model, taken = train_timed(name, settings, images, labels)
+            times.append(taken)
             judged.append(judge(sample(model, wanted, seed=seed)[-1]))
-        accuracies, distances, *_ = zip(*judged, strict=True)
-        print(f"| {name} | {n_epochs} | {batch_size} | {with_deviation(times, '.0f')} | "
-              f"{with_deviation(accuracies, '.2%')} | {with_deviation(distances, '.4f')} |",
-              flush=True)
+        print_row(name, n_epochs, batch_size, with_deviation(times, ".0f"), *quality_cells(judged))
+    print_row("training images", "", "", "", *quality_cells([mark]))
 
 
-def recipe_table(args, device):
-    """Train with one choice at a time taken back; print what the digits are worth then."""
-    wanted, judge = make_judge(device, args.n_samples)
+def told_apart(generated, real, seed):
+    """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
+
+    It is a Classifier of two classes, trained on 80 % of the images and asked on the rest.
+    """
+    images = torch.cat([generated, real])
+    is_real = torch.arange(len(images), device=images.device) >= len(generated)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    seen, unseen = order.to(images.device).tensor_split([len(images) * 4 // 5])
+    network = train_classifier(images[seen], is_real[seen].long(), seed, epochs=5, exact=True)
+    _, answers = classify(network, mnist_pixels(images[unseen]))
+    return (answers == is_real[unseen]).double().mean().item()
+
+
+def slightly_distorted(images):
+    """Return images (N, 1, 28, 28) uint8 as the classifier is trained on them, with mixed greys."""
+    rng = generator(images.device, "evaluation", 0)
+    return to_pixels(distort(images / 127.5 - 1, rng))
+
+
+LOOKS = {"as they are": lambda images: images, "slightly distorted": slightly_distorted,
+         "in black and white": lambda images: (images > 127).byte() * 255}
+
+
+def told_apart_table(device, checkpoint_path=RELEASED, seeds=3):
+    """Print how often a network tells digits from real ones, looked at in three ways.
+
+    The mark is of training images against test images. 50 % would be guessing.
+    """
     images, labels = train.load_mnist("train", device=device)
-    print(f"{args.n_epochs} epochs, batch {args.batch_size}; {args.n_samples:,} digits, "
-          f"{args.seeds} seeds\n\n| | accuracy | classifier FID |\n|---|---|---|")
-    for name in RECIPES:
-        judged = []
-        for seed in range(args.seeds):
-            settings = train.Settings(n_epochs=args.n_epochs, batch_size=args.batch_size, seed=seed)
-            average = train_variant(name, settings, images, labels)
-            judged.append(judge(sample(average, wanted, seed=seed)[-1]))
-        accuracies, distances, *_ = zip(*judged, strict=True)
-        print(f"| {name} | {with_deviation(accuracies, '.2%')} | "
-              f"{with_deviation(distances, '.4f')} |", flush=True)
+    real, real_labels = train.load_mnist("test", device=device)
+    wanted = spread_labels(real_labels, len(real))
+
+    def generated(model, seed):
+        return sample(model, wanted, seed=seed)[-1].to(device)
+
+    def of_a_short_run(name):
+        def made(seed):
+            settings = train.Settings(n_epochs=2, batch_size=64, seed=seed)
+            return generated(train_variant(name, settings, images, labels), seed)
+        return made
+
+    released, _ = load_checkpoint(checkpoint_path, device)
+    rows = {
+        "training images": lambda seed: pick_images(images, labels, wanted),
+        "two epochs of the recipe": of_a_short_run("the recipe"),
+        "the same, but darker than black is an error, too": of_a_short_run(
+            "what is darker than black is an error, too"),
+        checkpoint_path.stem: functools.partial(generated, released),
+    }
+    print(f"{len(real):,} digits of a kind and as many test images, of which a fifth is asked for; "
+          f"{seeds} seeds.\n")
+    print_header("", *LOOKS)
+    for name, make in rows.items():
+        shares = {look: [] for look in LOOKS}
+        for seed in range(seeds):
+            made = make(seed)
+            for look, see in LOOKS.items():
+                shares[look].append(told_apart(see(made), see(real), seed))
+        print_row(name, *(with_deviation(values, ".1%") for values in shares.values()))
 
 
 # ---- command line ----
-TABLES = {"training": training_speed, "sampling": sampling_speed, "samplers": sampler_table,
-          "guidance": guidance_table, "floors": floor_table, "usefulness": usefulness_table,
-          "told_apart": told_apart_table, "recipe": recipe_table, "time": time_table}
+TABLES = {"training": training_speed, "sampling": sampling_speed, "released": released_table,
+          "floors": floor_table, "guidance": guidance_table, "samplers": sampler_table,
+          "usefulness": usefulness_table, "told_apart": told_apart_table, "time": time_table,
+          "recipe": recipe_table}
+
+FLAGS = {  # of those tables whose functions have a parameter of the name
+    "checkpoint_path": ("whose digits", dict(type=Path)),
+    "batch_size": ("images in a training step", dict(type=bounded(int, 1, 2000))),
+    "n_epochs": ("of each row's training", dict(type=bounded(int, 1))),
+    "n_samples": ("digits", dict(type=bounded(int, 2000, 50_000))),
+    "seeds": ("repetitions", dict(type=bounded(int, 1, 100))),
+    "steps": ("the columns", dict(type=bounded(int, 1), nargs="+")),
+}
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
-    add = functools.partial(add_flag, parser)
-    parser.add_argument("what", choices=TABLES)
-    add("checkpoint_path", "to sample", REPOSITORY / "checkpoints/pretrained.pth", type=Path)
-    add("batch_size", "images in a training step", 128, type=bounded(int, 1, 2000))
-    add("n_epochs", "of each of the recipe's rows", 2, type=bounded(int, 1))
-    add("steps", "the samplers' columns", [5, 12, 20, 50, 1000], type=bounded(int, 1), nargs="+")
-    add("n_samples", "digits to judge", 10_000, type=bounded(int, 2000, 50_000))
-    add("seeds", "repetitions", 3, type=bounded(int, 1, 100))
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    name = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    subparsers = parser.add_subparsers(dest="table", required=True)
+    for name, table in TABLES.items():
+        flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0])
+        add_device_flag(flags)
+        for parameter in list(inspect.signature(table).parameters.values())[1:]:
+            text, options = FLAGS[parameter.name]
+            add_flag(flags, parameter.name, text, parameter.default, **options)
+    chosen = vars(parser.parse_args(argv))
+    device, table = torch.device(chosen.pop("device")), TABLES[chosen.pop("table")]
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-        name = torch.cuda.get_device_name(device)
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
-    TABLES[args.what](args, device)
+    print(conditions(device))
+    table(device, **chosen)
 
 
 if __name__ == "__main__":

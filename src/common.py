@@ -1,4 +1,4 @@
-"""What the scripts share beside the model: errors, devices and random numbers, files, flags."""
+"""What the scripts share beside the model: errors, random numbers, files, plots, flags."""
 import argparse
 import contextlib
 import csv
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 
 REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released weights are found here
 
@@ -170,6 +171,14 @@ def epoch_checkpoints(root):
     return dict(sorted(found.items()))
 
 
+# ---- plots ----
+def label_log_axis(axis, multiples=(1, 2, 5)):
+    """Label a logarithmic axis of matplotlib's by plain numbers, at these multiples of 10^n."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
 # ---- flags ----
 def bounded(convert, minimum, maximum=10**9):
     """Return an argparse type: convert, int or float, refusing what is out of bounds."""
@@ -188,15 +197,20 @@ def add_flag(parser, name, text, default=None, **options):
     parser.add_argument(f"--{name}", help=text, default=default, **options)
 
 
+def add_device_flag(parser):
+    """Add the flag --device: by default a GPU if there is one."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    add_flag(parser, "device", "where to compute", devices[0], choices=devices)
+
+
 def make_parser(description):
     """Return a parser with the flags that all scripts have: --root and --device."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      usage=argparse.SUPPRESS)  # so that errors take one line
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
     add_flag(parser, "root", "folder of checkpoints, generated_samples and datas", Path(),
              type=Path)
-    add_flag(parser, "device", "where to compute", devices[0], choices=devices)
+    add_device_flag(parser)
     return parser
 
 

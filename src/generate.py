@@ -121,6 +121,11 @@ def clean_image_predictor(model, labels, guidance):
     return predict_x_0
 
 
+def to_pixels(x):
+    """Return images in [-1, 1] as uint8; what lies beyond is clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
 def check_request(model, labels, sampler, steps):
     """Raise InputError for labels, a sampler or steps that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
@@ -161,8 +166,7 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
             frames = []
             for step, x_t in enumerate(chosen.function(predict_x_0, noise, levels, rng, eta), 1):
                 if step in framed:
-                    pixels = ((x_t[:len(chunk)] + 1) * 127.5).round().clamp(0, 255)
-                    frames.append(pixels.byte().cpu())
+                    frames.append(to_pixels(x_t[:len(chunk)]).cpu())
                 bar.update()
             images.append(torch.stack(frames))
     return torch.cat(images, dim=1)

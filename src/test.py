@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generator, has_bf16,
-                    load_tensors, make_parser, prepare_folder, refuse_contradictions, replacing,
-                    run_script, save_tensors, write_csv)
+                    label_log_axis, load_tensors, make_parser, prepare_folder,
+                    refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
                       load_checkpoint, sample, spread_labels)
 from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, implied_x_0, load_mnist,
@@ -62,10 +62,11 @@ def distort(x, rng):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, bf16=True):
-    """Return a Classifier, ready to predict, trained on images (N, 1, 28, 28) uint8, distorted.
+def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, exact=False):
+    """Return a Classifier, ready to predict, trained on images (N, 1, 28, 28) uint8.
 
-    bf16: compute in bfloat16 where the device can. It does not see the finest grey levels.
+    They are distorted, and seen in bfloat16 where the device computes in it. With exact they are
+    seen as they are, in float32, so that the finest grey levels count.
     """
     torch.manual_seed(seed)
     device, steps = images.device, len(images) // batch_size
@@ -76,8 +77,11 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, bf16=Tru
         rng = generator(device, "order", seed, epoch)
         order = torch.randperm(len(images), generator=rng, device=device)
         for number, batch in enumerate(order.split(batch_size)[:steps]):
-            x = distort(images[batch] / 127.5 - 1, generator(device, "step", seed, epoch, number))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device)):
+            x = images[batch] / 127.5 - 1
+            if not exact:
+                x = distort(x, generator(device, "step", seed, epoch, number))
+            with torch.autocast(device.type, torch.bfloat16,
+                                enabled=has_bf16(device) and not exact):
                 logits = classifier(x).float()
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[batch], label_smoothing=0.1).backward()
@@ -117,8 +121,8 @@ def latent_features(model, images):
     images: (N, C, H, W) uint8; they are seen at t = 0, with the null label.
     """
     t = torch.zeros(1, dtype=torch.int64, device=images.device)
-    emb = model.embed(t, t + NULL_LABEL)
-    parts = [model.encode(part / 127.5 - 1, emb)[0] for part in images.split(PART)]
+    scale_shifts = model.embed(t, t + NULL_LABEL)
+    parts = [model.encode(part / 127.5 - 1, scale_shifts)[0] for part in images.split(PART)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
@@ -294,11 +298,12 @@ def plot_metrics(path, mark, evaluations):
     for axes, name, colour in zip(figure.subplots(1, 3), names, colours, strict=True):
         axes.errorbar(epochs, [mean[name] for mean in means], [std[name] for std in deviations],
                       fmt="o-", color=colour, capsize=3, label="generated digits")
-        axes.set(title=name, xlabel="epoch")
-        axes.grid(alpha=0.3, which="both")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=name, xlabel="epoch", xscale="log")
+        label_log_axis(axes.xaxis)
+        axes.grid(alpha=0.3)
         if name != "mse":
             axes.set_yscale("log")
+            label_log_axis(axes.yaxis, multiples=(1, 2, 3, 4, 6, 8))
             axes.axhline(mark[name], ls="--", color="grey", label="training images")
             axes.legend()
     with replacing(path) as file:
@@ -371,7 +376,7 @@ def evaluate_checkpoints(args, device):
 
 
 # ---- digits from anywhere ----
-MOST = 50_000  # digits; there must be as many training images of each digit
+MOST = 50_000  # digits at a time: the mark needs as many training images of each digit
 
 
 def load_digits(path):
@@ -472,16 +477,26 @@ def evaluation_parser():
     return parser
 
 
+def refuse_other_flags(parser, args, mode, *allowed):
+    """Raise InputError for a flag that is given but does nothing beside the flag --mode."""
+    for name, value in vars(args).items():
+        if name not in (mode, "device", *allowed) and value != parser.get_default(name):
+            raise InputError(f"--{name} has no effect beside --{mode}: leave it out")
+
+
 def main(argv=None):
     """Evaluate checkpoints or digits, or train the classifier, as the flags say."""
-    args = evaluation_parser().parse_args(argv)
+    parser = evaluation_parser()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     if args.train_classifier:
+        refuse_other_flags(parser, args, "train_classifier", "seed")
         make_classifier(device, args.seed)
         return
     # without TF32, so that what judges computes in float32 and machines agree
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if args.digits:
+            refuse_other_flags(parser, args, "digits")
             evaluate_digits(args.digits, device)
         else:
             evaluate_checkpoints(args, device)

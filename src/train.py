@@ -25,8 +25,8 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
-                    generator, has_bf16, load_tensors, make_parser, refuse_contradictions,
-                    replacing, run_script, save_tensors, seed_for, write_csv)
+                    generator, has_bf16, label_log_axis, load_tensors, make_parser,
+                    refuse_contradictions, replacing, run_script, save_tensors, seed_for, write_csv)
 from muon import Muon
 
 NULL_LABEL = 10  # stands for "any digit"
@@ -69,13 +69,11 @@ class Settings:
     # For some t the network learns to predict as if guided in sampling by 1 / (1 - model_guidance).
     model_guidance: float = 0.6
 
-    # Learning rates rise towards these in warmup_steps steps, and fall to 0 over the whole run.
+    # Learning rates of the first step. They fall to 0 over the whole run.
     muon_rate: float = 0.02
     adamw_rate: float = 0.007
-    warmup_steps: int = 100
 
     muon_momentum: float = 0.95
-    adamw_betas: tuple = (0.9, 0.99)
     max_norm: float = 1.0  # all gradients together are shortened to at most this length
     ema_decay: float = 0.9999  # of the average of the weights, at most: see set_rates
 
@@ -159,22 +157,26 @@ def normalize(x):
         return F.layer_norm(x, x.shape[1:]).permute(0, 3, 1, 2)
 
 
-class ResBlock(nn.Module):
-    """(B, c_in, H, W), (B, c_emb) -> (B, c_out, H, W): two convolutions beside a skip.
+def convolution(c_in, c_out, **options):
+    """A layer of 3 x 3 kernels, at the image's edge padded. A bias proved to be worth nothing."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False, **options)
 
-    Between them the embedding scales and shifts every channel.
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W), (B, 2 c_out, 1, 1) -> (B, c_out, H, W): two convolutions beside a skip.
+
+    Between them every channel is scaled and shifted, so that the block can act by t and the label.
     """
 
-    def __init__(self, c_in, c_out, c_emb):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.scale_shift = nn.Linear(c_emb, 2 * c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv1 = convolution(c_in, c_out)
+        self.conv2 = convolution(c_out, c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb):
+    def forward(self, x, scale_shift):
         h = self.conv1(F.silu(x))
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = scale_shift.chunk(2, dim=1)
         h = torch.addcmul(shift, normalize(h), 1 + scale)
         return self.skip(x) + self.conv2(F.silu(h))
 
@@ -199,46 +201,53 @@ class SimpleUnet(nn.Module):
         emb = 4 * half
         self.time_mlp = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(NULL_LABEL + 1, emb)
-        self.conv_in = nn.Conv2d(4 * channels, half, 3, padding=1)
-        self.down1 = ResBlock(half, half, emb)
-        self.downsample = nn.Conv2d(half, half, 3, stride=2, padding=1)
-        self.down2 = ResBlock(half, quarter, emb)
-        self.mid1 = ResBlock(quarter, quarter, emb)
-        self.mid2 = ResBlock(quarter, quarter, emb)
-        self.up1 = ResBlock(quarter + quarter, quarter, emb)
-        self.up2 = ResBlock(quarter + half, quarter, emb)
-        self.upsample = nn.Sequential(nn.Upsample(scale_factor=2),
-                                      nn.Conv2d(quarter, quarter, 3, padding=1))
-        self.up3 = ResBlock(quarter + half, half, emb)
-        self.up4 = ResBlock(half + half, half, emb)
+        # One layer makes the scales and the shifts of all blocks, for so many channels each.
+        self.block_channels = half, quarter, quarter, quarter, quarter, quarter, half, half
+        self.scale_shifts = nn.Linear(emb, 2 * sum(self.block_channels))
+        self.conv_in = convolution(4 * channels, half)
+        self.down1 = ResBlock(half, half)
+        self.downsample = convolution(half, half, stride=2)
+        self.down2 = ResBlock(half, quarter)
+        self.mid1 = ResBlock(quarter, quarter)
+        self.mid2 = ResBlock(quarter, quarter)
+        self.up1 = ResBlock(quarter + quarter, quarter)
+        self.up2 = ResBlock(quarter + half, quarter)
+        self.up3 = ResBlock(quarter + half, half)
+        self.up4 = ResBlock(half + half, half)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
-        nn.init.normal_(self.label_embedding.weight, std=0.5)
 
     def embed(self, t, labels):
-        """(B,), (B,) -> (B, emb): sinusoids (Vaswani et al. 2017) of 1000 t / T, and the label."""
+        """(B,), (B,) -> eight tensors (B, 2 c, 1, 1): what t and the label tell each block.
+
+        t enters as sinusoids (Vaswani et al. 2017) of 1000 t / T.
+        """
         frequencies = 10000 ** -torch.linspace(0, 1, 32, device=t.device)
         angles = t[:, None] * (1000 / self.config["time_steps"]) * frequencies
         time = self.time_mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
-        return F.silu(time + self.label_embedding(labels))
+        emb = F.silu(time + self.label_embedding(labels))
+        sizes = [2 * c for c in self.block_channels]
+        return self.scale_shifts(emb)[:, :, None, None].split(sizes, dim=1)
 
-    def encode(self, x_t, emb):
+    def encode(self, x_t, scale_shifts):
         """Return the bottleneck (B, quarter, H/4, W/4), and what the way up needs besides."""
+        s1, s2, s3, s4, *_ = scale_shifts
         x = F.pixel_unshuffle(x_t, 2).to(memory_format=torch.channels_last)
         h1 = self.conv_in(x)  # (B, half, H/2, W/2)
-        h2 = self.down1(h1, emb)
+        h2 = self.down1(h1, s1)
         h3 = self.downsample(h2)  # (B, half, H/4, W/4)
-        h4 = self.down2(h3, emb)  # (B, quarter, H/4, W/4)
-        return self.mid2(self.mid1(h4, emb), emb), (h1, h2, h3, h4)
+        h4 = self.down2(h3, s2)  # (B, quarter, H/4, W/4)
+        return self.mid2(self.mid1(h4, s3), s4), (h1, h2, h3, h4)
 
     def forward(self, x_t, t, labels):
         """Return eps like x_t (B, C, H, W). t: (B,) in [0, T - 1]; labels: (B,), 0..10, int64."""
-        emb = self.embed(t, labels)
-        h, (h1, h2, h3, h4) = self.encode(x_t, emb)
-        h = self.up1(torch.cat([h, h4], dim=1), emb)
-        h = self.up2(torch.cat([h, h3], dim=1), emb)
-        h = self.upsample(h)  # (B, quarter, H/2, W/2)
-        h = self.up3(torch.cat([h, h2], dim=1), emb)
-        h = self.up4(torch.cat([h, h1], dim=1), emb)
+        scale_shifts = self.embed(t, labels)
+        *_, s5, s6, s7, s8 = scale_shifts
+        h, (h1, h2, h3, h4) = self.encode(x_t, scale_shifts)
+        h = self.up1(torch.cat([h, h4], dim=1), s5)
+        h = self.up2(torch.cat([h, h3], dim=1), s6)
+        h = F.interpolate(h, scale_factor=2)  # (B, quarter, H/2, W/2), by copying
+        h = self.up3(torch.cat([h, h2], dim=1), s7)
+        h = self.up4(torch.cat([h, h1], dim=1), s8)
         return F.pixel_shuffle(self.conv_out(F.silu(normalize(h))), 2)
 
 
@@ -328,8 +337,7 @@ class State:
         # The rate is a tensor, and capturable makes AdamW's counter one: a CUDA graph can read what
         # they are at the time.
         self.adamw = torch.optim.AdamW(others, lr=torch.zeros((), device=device),
-                                       betas=settings.adamw_betas, weight_decay=0, fused=True,
-                                       capturable=True)
+                                       weight_decay=0, fused=True, capturable=True)
         self.average_decay = torch.zeros((), device=device)
         self.rng = torch.Generator(device)
         self.replay = None  # on one GPU, from the second step on: see capture
@@ -423,7 +431,7 @@ def capture(state, images, labels):
 def set_rates(state, total_steps):
     """Set the learning rates, and the decay of the average, of the next of total_steps steps."""
     settings, n = state.settings, state.steps_taken
-    factor = min((n + 1) / settings.warmup_steps, 1 - n / total_steps)
+    factor = 1 - n / total_steps
     state.muon.rate.fill_(factor * settings.muon_rate)
     state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
     # The average reaches back over some tenth of the steps taken, so that it soon forgets how the
@@ -456,9 +464,10 @@ def plot_losses(path, log):
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["epoch"] for row in log], [row["loss"] for row in log], marker=".")
-    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="training loss (weighted MSE)", xscale="log", yscale="log")
+    label_log_axis(axes.xaxis)
+    label_log_axis(axes.yaxis, multiples=(1, 2, 3, 4, 6, 8))
+    axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

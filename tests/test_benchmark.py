@@ -1,7 +1,7 @@
 """docs/benchmark.py: its tables, of few digits and steps."""
 import dataclasses
+import inspect
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,16 +18,18 @@ def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
     benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
-    names = re.findall(r"^(.+?)  +\d+ ", printed, re.MULTILINE)
-    assert names[:2] == ["training", "textbook float32"] and names[-1] == "matrix product"
-    assert re.search(r"training is \d+\.\d+ times as fast as textbook float32", printed)
-    mflop = int(re.search(r"(\d+) MFLOP an image", printed)[1])
-    forwards = 92.5  # twice as much backwards, a quarter for guidance, and 414 MFLOP of Muon a step
-    assert mflop == pytest.approx(3.25 * forwards + 414 / 8, rel=0.03)
+    assert re.match(r"Commit (\w{7,}|unknown) of src(, changed)?; \d+ threads of a CPU", printed)
+    names = re.findall(r"^\| (.+?) \| [\d,]+ \w+/s \|", printed, re.MULTILINE)
+    assert names[:2] == ["training", "textbook float32"] and "product" in names[-1]
+    assert re.search(r"Training is \d+\.\d+ times as fast as the textbook float32 loop", printed)
+    mflop = int(re.search(r"An image takes (\d+) MFLOP", printed)[1])
+    forwards = 78.1  # twice as much backwards, a quarter for guidance, and 378 MFLOP of Muon a step
+    assert mflop == pytest.approx(3.25 * forwards + 378 / 8, rel=0.03)
 
 
 @pytest.mark.parametrize("what, rows", [
-    ("guidance", len(benchmark.GUIDANCE)), ("floors", 2), ("usefulness", 2)])
+    ("guidance", len(benchmark.GUIDANCE) + 1), ("floors", 2), ("usefulness", 2),
+    ("samplers", 3)])
 def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
     given = []
 
@@ -37,7 +39,10 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
 
     monkeypatch.setattr(benchmark, "train_classifier", classifier)
     path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
-    benchmark.TABLES[what](SimpleNamespace(checkpoint_path=path, n_samples=20, seeds=1), CPU)
+    settings = dict(checkpoint_path=path, n_samples=20, seeds=1, steps=[2])
+    table = benchmark.TABLES[what]
+    known = inspect.signature(table).parameters
+    table(CPU, **{name: value for name, value in settings.items() if name in known})
     header, _, *lines = capsys.readouterr().out.strip().partition("\n\n")[2].split("\n")
     assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
     if what == "usefulness":
@@ -65,7 +70,7 @@ def test_the_textbook_loop_learns(mnist):
 @pytest.mark.parametrize("name", benchmark.RECIPES)
 def test_benchmark_of_the_recipe_trains_by_every_variant(name, mnist):
     few = [values[:64] for values in mnist["train"]]
-    settings = train.Settings(n_epochs=2, batch_size=16, warmup_steps=1)
+    settings = train.Settings(n_epochs=2, batch_size=16)
     average = benchmark.train_variant(name, settings, *few)
     assert all(p.isfinite().all() for p in average.parameters())
     usual = benchmark.train_variant("the recipe", settings, *few)

@@ -285,6 +285,16 @@ def test_missing_digits(tmp_path, capsys):
     assert message.startswith(f"{path} does not exist")
 
 
+@pytest.mark.parametrize("flags", ["--digits digits.npz --seeds 3", "--digits digits.npz --root x",
+                                   "--train_classifier --digits digits.npz",
+                                   "--train_classifier --n_samples 2000"])
+def test_flags_without_effect_are_refused(flags, monkeypatch, capsys):
+    monkeypatch.setattr(test, "evaluate_digits", None)
+    monkeypatch.setattr(test, "make_classifier", None)
+    message = error_of(test.main, [*flags.split(), "--device", "cpu"], capsys)
+    assert "has no effect" in message and flags.split()[-2] in message
+
+
 # ---- folders ----
 @pytest.mark.parametrize("main, name", [
     (train.main, "checkpoints"), (generate.main, "generated_samples"), (test.main, "datas")])

@@ -52,6 +52,17 @@ def test_classifier_is_trained_as_its_seed_says(mnist):
     assert share(digits == labels) > 0.5
 
 
+def test_an_exact_classifier_is_trained_on_images_as_they_are(mnist, monkeypatch):
+    few = [values[:200] for values in mnist["train"]]
+    before, distorted_before = (test.train_classifier(*few, epochs=1, exact=exact)
+                                for exact in (True, False))
+    monkeypatch.setattr(test, "distort", lambda x, rng: torch.zeros_like(x))
+    after, distorted_after = (test.train_classifier(*few, epochs=1, exact=exact)
+                              for exact in (True, False))
+    assert after.head.weight.equal(before.head.weight)
+    assert not distorted_after.head.weight.equal(distorted_before.head.weight)
+
+
 def test_classifier_is_remade_by_one_command(classifier, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(test, "train_classifier", lambda images, labels, seed: classifier)
     monkeypatch.setattr(test, "CLASSIFIER", tmp_path / "checkpoints/classifier.pth")

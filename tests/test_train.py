@@ -167,7 +167,7 @@ def test_optimizers_take_every_weight_once(state):
     assert {id(p) for p in kernels} | {id(p) for p in others} == {
         id(p) for p in state.model.parameters()}
     assert len(kernels) + len(others) == len(list(state.model.parameters()))
-    assert all(kernel.ndim == 4 for kernel in kernels) and len(kernels) == 23
+    assert all(kernel.ndim == 4 for kernel in kernels) and len(kernels) == 22
 
 
 @pytest.fixture
@@ -215,9 +215,8 @@ def test_the_average_follows_the_weights(state):
     torch.testing.assert_close(dict(state.average.state_dict()), expected)
 
 
-@pytest.mark.parametrize("step, factor", [
-    (0, 0.01), (50, 0.51), (99, 1 - 99 / 400), (200, 0.5), (399, 1 / 400)])
-def test_learning_rates_rise_over_100_steps_and_fall_to_0(state, step, factor):
+@pytest.mark.parametrize("step, factor", [(0, 1), (100, 0.75), (200, 0.5), (399, 1 / 400)])
+def test_learning_rates_fall_to_0(state, step, factor):
     state.steps_taken = step
     take_step(state)
     assert state.muon.rate.item() == pytest.approx(factor * state.settings.muon_rate)
@@ -468,7 +467,10 @@ def test_two_processes_do_what_one_does_and_resume_each_other(small_repository, 
         assert one["step"] == two["step"] == 20 * epoch
         assert [n for n, _ in one["log"]] == [*range(1, epoch + 1)]
         torch.testing.assert_close(one["log"], two["log"], rtol=1e-3, atol=0)
-        torch.testing.assert_close(one["average"], two["average"], rtol=0, atol=2e-3)
+        # Sums are taken in another order. In AdamW's first steps that can turn the sign of a whole
+        # step, where a gradient is near 0: so single weights differ more than their mean.
+        for name, weights in one["average"].items():
+            assert (weights - two["average"][name]).abs().mean() < 0.002
         if epoch == 1:
             for count, root in roots.items():
                 run_processes(small_repository, 3 - count, "--root", root, "--resume",

@@ -1,0 +1,118 @@
+"""Draw the pages' pictures anew, by the released weights: a minute on a CPU.
+
+    python docs/figures.py
+
+generated_samples/released.png and .gif: a hundred digits, and the way of some from noise;
+docs/figures/: what happens along t, and what guidance does.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import train
+from common import REPOSITORY, generator, replacing, run_script
+from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
+                      noise_levels, sample, to_pixels)
+
+FOLDER = REPOSITORY / "docs/figures"
+SAMPLES = REPOSITORY / "generated_samples"
+
+
+def save_figure(figure, name):
+    with replacing(FOLDER / name) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+
+
+# ---- digits ----
+def digits_grid(model):
+    """A hundred digits, ten of each: a column for each digit."""
+    digits = sample(model, torch.arange(100) % 10)[-1]
+    with replacing(SAMPLES / "released.png") as file:
+        draw_grid(digits, 10).save(file, format="png")
+
+
+def way_from_noise(model, steps=36):
+    """x_t above, and below it the clean image that is predicted from it, for ten digits."""
+    chosen = SAMPLERS[DEFAULT_SAMPLER]
+    predict_x_0 = clean_image_predictor(model, torch.arange(10), guidance=1)
+    frames = []
+
+    def show(x_t, x_0):
+        frames.append(draw_grid(to_pixels(torch.cat([x_t, x_0])), 10).quantize(16))
+
+    def predict_and_show(x_t, t, a):
+        x_0 = predict_x_0(x_t, t, a)
+        show(x_t, x_0)
+        return x_0
+
+    rng = generator("cpu", "samples", 0, 0)
+    noise = torch.randn(10, 1, 28, 28, generator=rng)
+    levels = noise_levels(model.config["time_steps"], steps)
+    *_, last = chosen.function(predict_and_show, noise, levels, rng, chosen.eta)
+    show(last, last)
+    # In the first third there is little but noise to be seen.
+    duration = [60] * (steps // 3) + [140] * (steps - steps // 3) + [3000]  # ms
+    with replacing(SAMPLES / "released.gif") as file:
+        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=duration)
+
+
+def guidance_rows(model, digit=3):
+    """Ten digits of one kind at each of four strengths of guidance, from the same noise."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    strengths = 0, 1, 2, 4
+    for axes, strength in zip(figure.subplots(len(strengths), 1), strengths, strict=True):
+        digits = sample(model, torch.full((10,), digit), guidance=strength)[-1]
+        axes.imshow(draw_grid(digits, 10))
+        axes.set_ylabel(f"s = {strength}", rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[])
+    save_figure(figure, "guidance.png")
+
+
+# ---- along t ----
+@torch.no_grad()
+def along_t(model):
+    """A digit noised at ten t, what the network takes it to be, and how often each t is drawn."""
+    settings = train.Settings()
+    image, label = (values[7:8] for values in train.load_mnist("test"))
+    places = torch.arange(10) / 10 + 0.05  # t / T, each in the middle of its picture
+    t = (places * settings.time_steps).long()
+    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(settings.time_steps))
+    noise = torch.randn(10, 1, 28, 28, generator=generator("cpu", "samples", 0, 0))
+    x_t = train.forward_diffusion_sample(image / 127.5 - 1, noise, alpha_t, sigma_t)
+    predicted = train.implied_x_0(model(x_t, t, label.expand(10)), x_t, alpha_t, sigma_t)
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    density, noised, clean = figure.subplots(3, 1, height_ratios=(1.6, 1, 1))
+    drawn = train.draw_t(1_000_000, settings, generator("cpu", "step", 0)) / settings.time_steps
+    density.hist(drawn, bins=100, range=(0, 1), density=True, color="tab:blue", alpha=0.5)
+    first, last = drawn[len(drawn) // 4], drawn[len(drawn) // 2]  # the batch's second quarter
+    density.axvspan(first, last, color="tab:orange", alpha=0.3, label="learns to guide itself")
+    density.set(xlim=(0, 1), yticks=[], ylabel="how often\nt is drawn", xlabel="t / T")
+    density.xaxis.tick_top()
+    density.xaxis.set_label_position("top")
+    density.legend(loc="upper right")
+    for axes, images, name in ((noised, x_t, "x_t"), (clean, predicted, "predicted\nx_0")):
+        axes.imshow(torch.cat(list(to_pixels(images)[:, 0]), dim=1), cmap="gray", vmin=0, vmax=255,
+                    extent=(0, 1, 0, 0.1), aspect="auto")
+        axes.set(xticks=[], yticks=[], ylabel=name)
+    save_figure(figure, "along_t.png")
+
+
+# ---- command line ----
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
+    model, _ = load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth")
+    digits_grid(model)
+    way_from_noise(model)
+    guidance_rows(model)
+    along_t(model)
+
+
+if __name__ == "__main__":
+    run_script(main)
