@@ -31,7 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +49,9 @@ import train
 from common import (REPOSITORY, add_device_flag, add_flag, bounded, generator, has_bf16,
                     run_script)
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
-                      sample, to_pixels)
+                      noise_levels, sample, to_pixels)
 from test import (classify, distort, frechet_distance, latent_features, load_classifier,
-                  mnist_pixels, pick_images, share_inside, spread_labels, train_classifier)
+                  mnist_pixels, pick_images, spread_labels, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
@@ -248,15 +250,17 @@ def sampling_speed(device, checkpoint_path=RELEASED):
     digits = 10 * CHUNK
     steps = SAMPLERS[DEFAULT_SAMPLER].steps
     labels = torch.arange(digits) % 10
+    levels = noise_levels(model.config["time_steps"], steps)
     predict_x_0 = clean_image_predictor(model, labels[:CHUNK].to(device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
     x_t = torch.randn(CHUNK, channels, size, size, device=device)
 
     def predictions():
-        for i in range(digits // CHUNK * steps):
-            predict_x_0(x_t, 80 * (i % steps), 0.5)
+        for chunk in range(digits // CHUNK):
+            for t, a, _ in levels:
+                predict_x_0(x_t, t, a)
 
-    print(f"{steps} steps, {digits:,} digits at a time.\n")
+    print(f"{digits:,} digits in {steps} steps, {CHUNK} of them together.\n")
     measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
                       "its predictions alone": (predictions, digits, "digits")}, device)
     share = ratio(measured["sampling"], measured["its predictions alone"])
@@ -265,33 +269,29 @@ def sampling_speed(device, checkpoint_path=RELEASED):
 
 
 # ---- quality ----
-QUALITY = {"accuracy": ".2%", "Frechet distance": ".4f", "precision": ".3f", "recall": ".3f"}
+QUALITY = {"accuracy": ("accuracy", ".2%"), "Frechet distance": ("fid_classifier", ".4f"),
+           "precision": ("precision", ".3f"), "recall": ("recall", ".3f")}  # column: metric, form
 
 
-def quality_cells(judged):
-    """Return the table's cells for what judge said, seed by seed."""
-    return [with_deviation(values, form)
-            for values, form in zip(zip(*judged, strict=True), QUALITY.values(), strict=True)]
+def quality_cells(scores):
+    """Return the table's cells for the metrics of digits: a dict for each seed."""
+    return [with_deviation([score[metric] for score in scores], form)
+            for metric, form in QUALITY.values()]
 
 
 @torch.inference_mode()
-def make_judge(device, n_samples):
-    """Return (labels (N,), judge, mark): a function of digits generated for them, and its values.
+def make_scorer(device, n_samples):
+    """Return (labels (N,), score, mark): score(digits) returns the metrics of digits for them.
 
-    judge(digits) returns the values of QUALITY, beside the 10,000 test images; mark holds them for
-    as many training images.
+    mark: those of as many training images.
     """
-    classifier = load_classifier(device)
-    images, true_labels = train.load_mnist("test", device=device)
-    real, _ = classify(classifier, mnist_pixels(images))
-    labels = spread_labels(true_labels, n_samples)
+    judge = evaluation.make_judge(28, 1, device)
+    labels = spread_labels(judge.test_labels, n_samples)
 
     @torch.inference_mode()
-    def judge(digits):
-        features, read = classify(classifier, mnist_pixels(digits.to(device)))
-        return ((read == labels).double().mean().item(), frechet_distance(features, real),
-                share_inside(features, real), share_inside(real, features))
-    return labels, judge, judge(pick_images(*train.load_mnist("train", device=device), labels))
+    def score(digits):
+        return judge.scores(judge.describe(digits.to(device)), labels)
+    return labels, score, score(pick_images(judge.train_images, judge.train_labels, labels))
 
 
 def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
@@ -311,16 +311,18 @@ def floor_table(device, checkpoint_path=RELEASED):
     model, _ = load_checkpoint(checkpoint_path, device)
     classifier = load_classifier(device)
     form = model.config["image_size"], model.config["channels"], device
-    train_images, test_images = (train.load_mnist(part, *form)[0] for part in ("train", "test"))
+    test_images, test_labels = train.load_mnist("test", *form)
+    train_images = pick_images(*train.load_mnist("train", *form), test_labels[1::2])
 
     def features(images):
         return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
 
     judged = features(test_images[1::2])
-    print("Frechet distances to 5,000 of the test images.\n")
+    print("Frechet distances to every second test image. The training images are in the same "
+          "proportions.\n")
     print_header("", "fid_latent", "fid_classifier")
-    for name, images in (("the other 5,000", test_images[::2]),
-                         ("5,000 training images", train_images[:5000])):
+    for name, images in (("the other 5,000 test images", test_images[::2]),
+                         ("5,000 training images", train_images)):
         print_row(name, *(f"{frechet_distance(*pair):.4f}"
                           for pair in zip(features(images), judged, strict=True)))
 
@@ -331,12 +333,12 @@ GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
 def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
     """Print what digits are worth at several strengths of guidance."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    labels, judge, mark = make_judge(device, n_samples)
+    labels, score, mark = make_scorer(device, n_samples)
     print(f"{n_samples:,} digits, {seeds} seeds.\n")
     print_header("guidance", *QUALITY)
     for guidance in GUIDANCE:
         print_row(guidance, *quality_cells([
-            judge(sample(model, labels, seed=seed, guidance=guidance)[-1])
+            score(sample(model, labels, seed=seed, guidance=guidance)[-1])
             for seed in range(seeds)]))
     print_row("training images", *quality_cells([mark]))
 
@@ -345,7 +347,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3,
                   steps=(5, 12, 20, 50)):
     """Print the Frechet distance, and the seconds for 1,000 digits, of every sampler."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    labels, judge, mark = make_judge(device, n_samples)
+    labels, score, mark = make_scorer(device, n_samples)
     sample(model, labels[:CHUNK])  # warm up
 
     def cell(sampler, n_steps):
@@ -354,11 +356,11 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3,
             start = time.perf_counter()
             digits = sample(model, labels, sampler, n_steps, seed)[-1]
             times.append((time.perf_counter() - start) * 1000 / n_samples)
-            distances.append(judge(digits)[1])
+            distances.append(score(digits)["fid_classifier"])
         return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
 
     print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds, and seconds for 1,000. As "
-          f"many training images have {mark[1]:.4f}.\n")
+          f"many training images have {mark['fid_classifier']:.4f}.\n")
     print_header("sampler", *(f"{n_steps} steps" for n_steps in steps))
     for name in SAMPLERS:
         print_row(name, *(cell(name, n_steps) for n_steps in steps))
@@ -389,40 +391,48 @@ def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=3
 
 
 # ---- the recipe, and others ----
-def adamw_alone(state):
-    """Give Muon's kernels to AdamW."""
+def adam_alone(state):
+    """Give Muon's kernels to Adam."""
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
-    state.adamw.add_param_group(dict(params=kernels))
+    state.adam.add_param_group(dict(params=kernels))
     state.muon.stacks, state.muon.buffers, state.muon.streams = [], [], []
 
 
-RECIPES = {  # other settings; what is done to the state; whether the rates fall
-    "the recipe": ({}, None, True),
-    "what is darker than black is an error, too": (dict(edge=math.inf), None, True),
-    "no guidance in training": (dict(model_guidance=0.0), None, True),
-    "no guidance in training, t nearly uniform": (
-        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7), None, True),
-    "no guidance in training, t nearly uniform, all as heavy (as DDPM)": (
-        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0), None, True),
-    "gradients of any length": (dict(max_norm=math.inf), None, True),
-    "AdamW at 0.002 for all": (dict(adamw_rate=0.002), adamw_alone, True),
-    "AdamW at 0.005 for all": (dict(adamw_rate=0.005), adamw_alone, True),
-    "no average of the weights": (dict(ema_decay=0.0), None, True),
-    "rates that do not fall": ({}, None, False),
-    "a tenth of the labels hidden": (dict(label_dropout=0.1), None, True),
+class Variant(NamedTuple):
+    """What differs from the recipe: settings, what is done to the State, rates that do not fall."""
+    settings: dict
+    change: Callable | None = None
+    rates_fall: bool = True
+
+
+RECIPES = {
+    "the recipe": Variant({}),
+    "what is darker than black is an error, too": Variant(dict(edge=math.inf)),
+    "no guidance in training": Variant(dict(model_guidance=0.0)),
+    "no guidance in training, t nearly uniform": Variant(
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7)),
+    "no guidance in training, t nearly uniform, all as heavy (as DDPM)": Variant(
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0)),
+    "gradients of any length": Variant(dict(max_norm=math.inf)),
+    "Adam at 0.002 for all": Variant(dict(adam_rate=0.002), adam_alone),
+    "Adam at 0.005 for all": Variant(dict(adam_rate=0.005), adam_alone),
+    "no average of the weights": Variant(dict(ema_decay=0.0)),
+    "rates that do not fall": Variant({}, rates_fall=False),
+    "a tenth of the labels hidden": Variant(dict(label_dropout=0.1)),
 }
 
 
 def train_variant(name, settings, images, labels):
     """Return the averaged network of a run of a variant of the recipe."""
-    overrides, change, falling = RECIPES[name]
-    state = train.State(dataclasses.replace(settings, **overrides), images.device)
-    if change:
-        change(state)
+    variant = RECIPES[name]
+    state = train.State(dataclasses.replace(settings, **variant.settings), images.device)
+    if variant.change:
+        variant.change(state)
     steps = settings.n_epochs * (len(images) // settings.batch_size)
+    horizon = steps if variant.rates_fall else math.inf
     for epoch in range(settings.n_epochs):
         for batch in train.epoch_batches(settings, epoch, len(images), images.device):
-            train.take_step(state, images[batch], labels[batch], steps if falling else math.inf)
+            train.take_step(state, images[batch], labels[batch], horizon)
     return state.average
 
 
@@ -451,7 +461,7 @@ def train_timed(name, settings, images, labels):
 
 def recipe_table(device, n_epochs=2, batch_size=64, n_samples=10_000, seeds=3):
     """Train with one choice at a time taken back; print what the digits are worth then."""
-    wanted, judge, mark = make_judge(device, n_samples)
+    wanted, score, mark = make_scorer(device, n_samples)
     images, labels = train.load_mnist("train", device=device)
     print(f"{n_epochs} epochs in batches of {batch_size}; {n_samples:,} digits, {seeds} seeds.\n")
     print_header("", *QUALITY)
@@ -460,7 +470,7 @@ def recipe_table(device, n_epochs=2, batch_size=64, n_samples=10_000, seeds=3):
         for seed in range(seeds):
             settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
             average = train_variant(name, settings, images, labels)
-            judged.append(judge(sample(average, wanted, seed=seed)[-1]))
+            judged.append(score(sample(average, wanted, seed=seed)[-1]))
         print_row(name, *quality_cells(judged))
     print_row("training images", *quality_cells([mark]))
 
@@ -471,7 +481,7 @@ RUNS = [("textbook", epochs, 64) for epochs in (2, 4, 8, 16)] + [
 
 def time_table(device, n_samples=10_000, seeds=3):
     """Print what digits are worth after more and more epochs, and how long these took."""
-    wanted, judge, mark = make_judge(device, n_samples)
+    wanted, score, mark = make_scorer(device, n_samples)
     images, labels = train.load_mnist("train", device=device)
     print(f"{n_samples:,} digits, {seeds} seeds.\n")
     print_header("training", "epochs", "batch", "seconds", *QUALITY)
@@ -481,7 +491,7 @@ def time_table(device, n_samples=10_000, seeds=3):
             settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
             model, taken = train_timed(name, settings, images, labels)
             times.append(taken)
-            judged.append(judge(sample(model, wanted, seed=seed)[-1]))
+            judged.append(score(sample(model, wanted, seed=seed)[-1]))
         print_row(name, n_epochs, batch_size, with_deviation(times, ".0f"), *quality_cells(judged))
     print_row("training images", "", "", "", *quality_cells([mark]))
 
@@ -489,7 +499,8 @@ def time_table(device, n_samples=10_000, seeds=3):
 def told_apart(generated, real, seed):
     """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
 
-    It is a Classifier of two classes, trained on 80 % of the images and asked on the rest.
+    It is a Classifier that learns two of its ten classes, on 80 % of the images, and is asked about
+    the rest.
     """
     images = torch.cat([generated, real])
     is_real = torch.arange(len(images), device=images.device) >= len(generated)
@@ -565,10 +576,11 @@ FLAGS = {  # of those tables whose functions have a parameter of the name
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    subparsers = parser.add_subparsers(dest="table", required=True)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="table", required=True, prog=parser.prog)
     for name, table in TABLES.items():
-        flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0])
+        flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0],
+                                      usage=argparse.SUPPRESS)
         add_device_flag(flags)
         for parameter in list(inspect.signature(table).parameters.values())[1:]:
             text, options = FLAGS[parameter.name]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -30,10 +31,11 @@ def save_figure(figure, name):
 
 # ---- digits ----
 def digits_grid(model):
-    """A hundred digits, ten of each: a column for each digit."""
+    """A hundred digits, ten of each: two columns for each digit."""
     digits = sample(model, torch.arange(100) % 10)[-1]
+    grid = ImageOps.scale(draw_grid(digits, 20), 3, Image.Resampling.NEAREST)
     with replacing(SAMPLES / "released.png") as file:
-        draw_grid(digits, 10).save(file, format="png")
+        grid.save(file, format="png")
 
 
 def way_from_noise(model, steps=36):
@@ -106,7 +108,8 @@ def along_t(model):
 
 # ---- command line ----
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser.parse_args(argv)
     model, _ = load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth")
     digits_grid(model)
     way_from_noise(model)

@@ -29,8 +29,9 @@ from train import NULL_LABEL, SimpleUnet, cumulative_alphas, implied_x_0, load_m
 def noise_levels(time_steps, steps):
     """Return [(t, a, a_next)]: each step's t and the alphas_cumprod before and after it.
 
-    From t = T - 1, where x_t is noise, to a_next = 1: no noise is left. Steps grow shorter towards
-    the clean image, t as (i / steps)^1.5, but never two at one t; T steps visit every t.
+    From t = T - 1, where x_t is noise, to a_next = 1: no noise is left. t falls as
+    (i / steps)^1.5, so that steps grow shorter towards the clean image. No two steps share a t, and
+    T steps visit every t.
     """
     alphas_cumprod = cumulative_alphas(time_steps).tolist()
     t = [max(round(time_steps * (i / steps) ** 1.5), i) - 1 for i in range(steps, 0, -1)]
@@ -102,9 +103,9 @@ CHUNK = 100  # digits that are sampled together
 def clean_image_predictor(model, labels, guidance):
     """Return the predict_x_0(x_t, t, a) that samplers ask for: by the model, for labels (B,).
 
-    Predictions are clipped to [-1, 1]. guidance: s in x_null + s (x_label - x_null), of clipped
-    images; of others it would be the same as for the noise (Ho, Salimans 2022). At 1 that is
-    x_label, and the network is not asked for x_null.
+    Predictions are clipped to [-1, 1]. guidance: s in x_null + s (x_label - x_null), where both are
+    clipped. Without clipping that would be guidance of the noise by w = s - 1 (Ho, Salimans 2022).
+    At 1 it is x_label, and the network is not asked for x_null.
     """
     both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
@@ -142,10 +143,11 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
            n_frames=1):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
-    The frames show x_t after n_frames of the steps, or after all if there are fewer; the last is
-    the clean image. steps and eta are by default the sampler's. On one machine image i depends on
-    i, the seed, labels[i] and these settings alone: every chunk of digits has random numbers of its
-    own, and the last one is filled up to the full size. Raises InputError as check_request does.
+    The frames show x_t after n_frames steps, evenly spread, or after all if there are fewer; the
+    last is the clean image. steps and eta are by default the sampler's. On one machine image i
+    depends on i, the seed, labels[i] and these settings alone: every chunk of digits has random
+    numbers of its own, and the last one is filled up to the full size. Raises InputError as
+    check_request does.
     """
     check_request(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
@@ -208,7 +210,7 @@ def write_digits(path, frames, labels, columns):
     """Write frames (F, N, C, H, W) uint8, the last one clean, in the form that path's suffix names.
 
     .png: the last frame's grid; .gif: the grids of all, resting at the last; .npz: arr_0, the last
-    frame's images (N, H, W, C) uint8, and arr_1, the labels (N,) int64.
+    frame's images (N, H, W, C) uint8, and arr_1, the labels (N,) int64, if all of them are digits.
     """
     with replacing(path) as file:
         if path.suffix == ".png":
@@ -218,7 +220,8 @@ def write_digits(path, frames, labels, columns):
             first.save(file, format="gif", save_all=True, append_images=others, loop=0,
                        duration=[120] * len(others) + [3000])  # ms
         else:
-            np.savez_compressed(file, frames[-1].permute(0, 2, 3, 1).numpy(), labels.numpy())
+            known = [] if NULL_LABEL in labels else [labels.numpy()]
+            np.savez_compressed(file, frames[-1].permute(0, 2, 3, 1).numpy(), *known)
 
 
 # ---- checkpoints ----

@@ -109,7 +109,7 @@ def mnist_pixels(images):
 
 
 def classify(classifier, pixels):
-    """Return the classifier's features (N, 128) of pixels (N, 784), and the digits it reads (N,)"""
+    """Return the features (N, 128) of pixels (N, 784), and the digits (N,) that are read."""
     parts = [part.view(-1, 1, 28, 28) for part in pixels.split(PART)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
@@ -135,7 +135,7 @@ def frechet_distance(a, b):
     are those of C_a C_b, also for singular C.
     """
     a, b = a.double().cpu(), b.double().cpu()
-    cov_a, cov_b = (torch.atleast_2d(x.T.cov()).numpy() for x in (a, b))
+    cov_a, cov_b = a.T.cov().numpy(), b.T.cov().numpy()
     values, vectors = linalg.eigh(cov_a)
     root_a = vectors * values.clip(0) ** 0.5 @ vectors.T
     trace_root = (linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0) ** 0.5).sum()
@@ -165,9 +165,9 @@ def share_inside(points, centres, k=3):
 def noise_mse(model, images, labels, batch_size=256):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
-    The clean image that the noise implies is clipped first, as in sampling, so that this is the
-    square of alpha_t / sigma_t times that image's error. The t, spread evenly over the
-    images, and the noise are drawn on the CPU, and the network runs in float32: the same for every
+    The clean image that the noise implies is clipped first, as in sampling. So an error of the
+    noise is what remains of x_0's, times alpha_t / sigma_t. The t, spread evenly over the images,
+    and the noise are drawn on the CPU, and the network runs in float32: the same for every
     checkpoint and machine.
     """
     rng = generator("cpu", "evaluation", 0)
@@ -408,9 +408,10 @@ def load_digits(path):
 
 
 def fitting_labels(labels, real_labels):
-    """Return as many labels, in order, as can be taken from labels in the proportions of others."""
+    """Return labels in the proportions of real_labels, as many as labels has digits for."""
     counts = labels.bincount(minlength=10)
-    # Rounding can leave room for one digit more than the proportions say: more there cannot be.
+    # spread_labels rounds the count of each digit by less than one. So no larger n can fit, and
+    # from there it is counted down.
     share = ((counts + 1) / real_labels.bincount(minlength=10)).min().item()
     n = min(len(labels), int(share * len(real_labels)) + 1)
     while (spread_labels(real_labels, n).bincount(minlength=10) > counts).any():
@@ -449,6 +450,7 @@ def evaluate_digits(path, device):
 # ---- command line ----
 def make_classifier(device, seed):
     """Train the classifier, write it to its place beside src and print its test accuracy."""
+    prepare_folder(CLASSIFIER.parent)
     classifier = train_classifier(*load_mnist("train", device=device), seed)
     save_tensors(CLASSIFIER, classifier.state_dict())
     images, labels = load_mnist("test", device=device)

@@ -71,7 +71,7 @@ class Settings:
 
     # Learning rates of the first step. They fall to 0 over the whole run.
     muon_rate: float = 0.02
-    adamw_rate: float = 0.007
+    adam_rate: float = 0.007
 
     muon_momentum: float = 0.95
     max_norm: float = 1.0  # all gradients together are shortened to at most this length
@@ -158,7 +158,7 @@ def normalize(x):
 
 
 def convolution(c_in, c_out, **options):
-    """A layer of 3 x 3 kernels, at the image's edge padded. A bias proved to be worth nothing."""
+    """A convolution of 3 x 3, padded with zeros. A bias gained nothing that could be measured."""
     return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False, **options)
 
 
@@ -267,10 +267,10 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
-    An error of eps is one of x_0, alpha_t / sigma_t times as large. So with weights of
-    (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), but for one thing: most pixels are
-    black, and sampling clips images. What is predicted darker than black is no error where black is
-    right. So the network can make black certain, without having to hit it.
+    An error of x_0 comes from one of eps that is alpha_t / sigma_t times as large. So with weights
+    of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), but for one thing: most pixels are
+    black, and sampling clips images. Where the target is black, a prediction darker than black is
+    no error, and likewise for white: the network need not hit the edge, only pass it.
 
     For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the image but
     x_0 + w (x_label - x_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that would
@@ -279,7 +279,7 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
-    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # not empty, even of one image
+    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # never empty, not even for one image
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)
         # Autocast keeps the weights that it has cast, for the next pass. Those cast without
@@ -301,7 +301,7 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
 
 # ---- step ----
 def split_weights(model):
-    """Return (kernels, others): what Muon moves, and what is left for AdamW.
+    """Return (kernels, others): what Muon moves, and what is left for Adam.
 
     Muon is for what maps many channels to many. The first and the last kernel have few on the side
     of the image.
@@ -334,10 +334,10 @@ class State:
             self.network = nn.parallel.DistributedDataParallel(self.model)
         kernels, others = split_weights(self.model)
         self.muon = Muon(kernels, settings.muon_momentum)
-        # The rate is a tensor, and capturable makes AdamW's counter one: a CUDA graph can read what
+        # The rate is a tensor, and capturable makes Adam's counter one: a CUDA graph can read what
         # they are at the time.
-        self.adamw = torch.optim.AdamW(others, lr=torch.zeros((), device=device),
-                                       weight_decay=0, fused=True, capturable=True)
+        self.adam = torch.optim.Adam(others, lr=torch.zeros((), device=device), fused=True,
+                                     capturable=True)
         self.average_decay = torch.zeros((), device=device)
         self.rng = torch.Generator(device)
         self.replay = None  # on one GPU, from the second step on: see capture
@@ -350,16 +350,16 @@ class State:
         """Return all that load_state_dict needs to go on, as plain types and tensors."""
         return dict(settings=dataclasses.asdict(self.settings), model=self.model.state_dict(),
                     average=self.average.state_dict(), muon=self.muon.buffers,
-                    adamw=self.adamw.state_dict(), step=self.steps_taken,
+                    adam=self.adam.state_dict(), step=self.steps_taken,
                     total_loss=self.total_loss, seconds=self.seconds, log=self.log)
 
     def load_state_dict(self, saved):
         """Go on from what state_dict returned, for the same settings."""
         self.model.load_state_dict(saved["model"])
         self.average.load_state_dict(saved["average"])
-        rate = self.adamw.param_groups[0]["lr"]
-        self.adamw.load_state_dict(saved["adamw"])
-        self.adamw.param_groups[0]["lr"] = rate  # the tensor that set_rates fills and a graph reads
+        rate = self.adam.param_groups[0]["lr"]
+        self.adam.load_state_dict(saved["adam"])
+        self.adam.param_groups[0]["lr"] = rate  # the tensor that set_rates fills and a graph reads
         for buffer, values in zip(self.muon.buffers, saved["muon"], strict=True):
             buffer.copy_(values)
         self.total_loss.copy_(saved["total_loss"])
@@ -404,7 +404,7 @@ def training_step(state, images, labels):
     loss.backward()
     nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
     state.muon.step()
-    state.adamw.step()
+    state.adam.step()
     update_average(state.average, state.model, state.average_decay)
     state.total_loss += loss.detach()
 
@@ -433,7 +433,7 @@ def set_rates(state, total_steps):
     settings, n = state.settings, state.steps_taken
     factor = 1 - n / total_steps
     state.muon.rate.fill_(factor * settings.muon_rate)
-    state.adamw.param_groups[0]["lr"].fill_(factor * settings.adamw_rate)
+    state.adam.param_groups[0]["lr"].fill_(factor * settings.adam_rate)
     # The average reaches back over some tenth of the steps taken, so that it soon forgets how the
     # run began.
     state.average_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
@@ -447,7 +447,7 @@ def take_step(state, images, labels, total_steps):
         state.replay(images, labels)
     else:
         training_step(state, images, labels)
-        # The first step is not replayed: in it AdamW makes its state, which a capture cannot.
+        # The first step is not replayed: in it Adam makes its state, which a capture cannot.
         # Several processes exchange gradients in a way that is not captured.
         if state.rng.device.type == "cuda" and not dist.is_initialized():
             state.replay = capture(state, images, labels)
@@ -505,7 +505,7 @@ def load_state(root, device):
 
 
 def epoch_batches(settings, epoch, n_images, device):
-    """Return the indices of the images in each batch of an epoch, counted from 0.
+    """Return the indices of the images in each batch of an epoch; the first epoch is 0.
 
     The order depends on the seed and the epoch, on every device alike. The images that are left
     over, too few for a batch, are not used in this epoch.

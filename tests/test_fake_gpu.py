@@ -1,7 +1,7 @@
 """The way of a tensor on a GPU, without one: fake tensors claim to be on cuda:0 and have no values.
 
 An operation that brings two devices together raises, as it would on a GPU. What fake tensors cannot
-do has a stand-in here: torch.Generator("cuda"), backward(), Module.to, the fused AdamW, streams and
+do has a stand-in here: torch.Generator("cuda"), backward(), Module.to, the fused Adam, streams and
 graphs, and what sampling reads on the CPU.
 """
 import functools
@@ -38,7 +38,7 @@ class FakeGenerator(torch.Generator):
         return self
 
 
-def fused_adamw(*lists, lr, **more):
+def fused_adam(*lists, lr, **more):
     assert {tensor.device for tensors in lists for tensor in tensors} == {CUDA} == {lr.device}
 
 
@@ -47,7 +47,7 @@ def fake_gpu(monkeypatch):
     levels = generate.noise_levels(1000, 3)
     monkeypatch.setattr(generate, "noise_levels", lambda time_steps, steps: levels)
     monkeypatch.setattr(generate, "check_request", lambda *settings: None)
-    monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
+    monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(train, "capture", lambda state, *batch: functools.partial(
@@ -65,7 +65,7 @@ def on_gpu(*shape, dtype=torch.float32):
 @pytest.fixture
 def state(monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "__bool__", lambda self: True)  # AdamW: is the rate positive?
+        patch.setattr(torch.Tensor, "__bool__", lambda self: True)  # Adam: is the rate positive?
         state = train.State(train.Settings(), CUDA)
 
     def backward(loss):
@@ -103,8 +103,8 @@ def test_a_state_loaded_from_the_cpu_trains_on(state):
     state.load_state_dict(tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor)
                                    else value, state.state_dict()))
     take_steps(state)
-    assert state.adamw.param_groups[0]["lr"].device == CUDA
-    assert all(value.device == CUDA for values in state.adamw.state.values()
+    assert state.adam.param_groups[0]["lr"].device == CUDA
+    assert all(value.device == CUDA for values in state.adam.state.values()
                for value in values.values())
 
 

@@ -129,10 +129,11 @@ def test_distance_of_equal_covariances_is_that_of_the_means():
     assert test.frechet_distance(a, a + 0.5) == pytest.approx(8 * 0.25, rel=1e-5)
 
 
-def test_distance_in_one_dimension():
+def test_distance_along_one_dimension():
     """(mean_a - mean_b)^2 + (std_a - std_b)^2"""
     a, b = random_numbers(500, 1), 3 * random_numbers(700, 1, key=1) + 2
     expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    a, b = (torch.nn.functional.pad(x, (0, 1)) for x in (a, b))  # a column of zeros
     assert test.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -163,7 +163,7 @@ def test_a_quarter_of_the_batch_learns_to_guide_itself():
 # ---- the step ----
 def test_optimizers_take_every_weight_once(state):
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
-    others = state.adamw.param_groups[0]["params"]
+    others = state.adam.param_groups[0]["params"]
     assert {id(p) for p in kernels} | {id(p) for p in others} == {
         id(p) for p in state.model.parameters()}
     assert len(kernels) + len(others) == len(list(state.model.parameters()))
@@ -220,8 +220,8 @@ def test_learning_rates_fall_to_0(state, step, factor):
     state.steps_taken = step
     take_step(state)
     assert state.muon.rate.item() == pytest.approx(factor * state.settings.muon_rate)
-    rate = state.adamw.param_groups[0]["lr"]
-    assert rate.item() == pytest.approx(factor * state.settings.adamw_rate)
+    rate = state.adam.param_groups[0]["lr"]
+    assert rate.item() == pytest.approx(factor * state.settings.adam_rate)
 
 
 class HostReads(TorchDispatchMode):
@@ -396,7 +396,7 @@ def test_a_full_memory_is_not_the_states_fault(tmp_path, whole_run, monkeypatch)
     def full(*arguments):
         raise torch.OutOfMemoryError("no memory is left")
 
-    for of, name in ((train, "State"), (torch.optim.AdamW, "load_state_dict")):
+    for of, name in ((train, "State"), (torch.optim.Adam, "load_state_dict")):
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
             patch.setattr(of, name, full)
             train.load_state(whole_run, CPU)
@@ -429,7 +429,7 @@ def test_a_finished_run_goes_on_when_asked_for_more(tmp_path, whole_run, small_m
     state = load_tensors(tmp_path / train.LATEST)
     assert [row["epoch"] for row in state["log"]] == [1, 2, 3, 4]
     assert state["settings"]["n_epochs"] == 4
-    rate = state["adamw"]["param_groups"][0]["lr"].item()
+    rate = state["adam"]["param_groups"][0]["lr"].item()
     assert rate == pytest.approx(0.007 * (1 - 15 / 16))  # planned anew, for 16 steps
     assert max(epoch_checkpoints(tmp_path)) == 4
 
@@ -467,7 +467,7 @@ def test_two_processes_do_what_one_does_and_resume_each_other(small_repository, 
         assert one["step"] == two["step"] == 20 * epoch
         assert [n for n, _ in one["log"]] == [*range(1, epoch + 1)]
         torch.testing.assert_close(one["log"], two["log"], rtol=1e-3, atol=0)
-        # Sums are taken in another order. In AdamW's first steps that can turn the sign of a whole
+        # Sums are taken in another order. In Adam's first steps that can turn the sign of a whole
         # step, where a gradient is near 0: so single weights differ more than their mean.
         for name, weights in one["average"].items():
             assert (weights - two["average"][name]).abs().mean() < 0.002

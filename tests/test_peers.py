@@ -1,0 +1,37 @@
+"""docs/peers.py: the loop around another's model. The models are not in the repository."""
+import pytest
+import torch
+
+import peers
+import test
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_a_peer_is_trained_and_its_digits_can_be_evaluated(has_labels, tmp_path, monkeypatch):
+    runs = []
+
+    def build(folder, total_steps, device):
+        """A model that draws every digit in one grey, and counts its steps."""
+        runs.append([total_steps, 0])
+
+        def step(images, labels):
+            assert images.shape == (50, 1, 28, 28) and 0 <= images.min() < images.max() <= 1
+            assert labels.shape == (50,)
+            runs[-1][1] += 1
+        return step, lambda labels: (labels / 8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    monkeypatch.setitem(peers.PEERS, "minRF", peers.Peer(build, 50, has_labels))
+    path = tmp_path / "digits.npz"
+    peers.main(["minRF", str(tmp_path), "--seconds", "0.05", "--n_samples", "2000", "--out",
+                str(path), "--device", "cpu"])
+    (_, tried), (asked, taken) = runs
+    assert tried == 11 and asked == taken >= 1
+    images, labels = test.load_digits(path)
+    kinds = torch.arange(2000) % 10
+    grey = (kinds / 8 * 255).round().clamp(max=255)  # eights are white, and nines cannot be whiter
+    assert (images == grey.view(-1, 1, 1, 1)).all() and images.shape == (2000, 1, 28, 28)
+    if has_labels:
+        assert (labels == kinds).all()
+    else:
+        assert labels is None
+    assert path.with_suffix(".png").exists()
