@@ -15,12 +15,12 @@ test: .venv/installed-dev
 RUN = runs/released
 
 release: .venv/installed  # an hour or two: checkpoints/pretrained.pth, and all that shows it
-	$(PYTHON) src/train.py --root $(RUN) --n_epochs 80 --batch_size 128
-	$(PYTHON) src/test.py --root $(RUN) --every 4 --seeds 3
-	cp $(RUN)/checkpoints/diffusion_epoch_80.pth checkpoints/pretrained.pth
+	$(PYTHON) src/train.py --root $(RUN) --n_epochs 100 --batch_size 128
+	$(PYTHON) src/test.py --root $(RUN) --every 2 --seeds 3
+	cp $(RUN)/checkpoints/diffusion_epoch_100.pth checkpoints/pretrained.pth
 	set -e; for file in train_log.csv train_log.png metrics.csv metrics.png; do \
 		cp $(RUN)/datas/$$file datas/released_$$file; done
-	cp $(RUN)/datas/metrics_closest_80.png datas/released_closest.png
+	cp $(RUN)/datas/metrics_closest_100.png datas/released_closest.png
 	$(PYTHON) docs/figures.py
 
 TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe
