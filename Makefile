@@ -25,11 +25,15 @@ release: .venv/installed  # an hour or two: checkpoints/pretrained.pth, and all 
 
 TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe
 
-tables: $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
+tables: runs $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
 
+runs: .venv/installed  # hours, too: docs/tables/runs.csv, of which the last two tables are made
+	$(PYTHON) docs/runs.py
+
+# docs/tables/training-avx2.md is the table "training" of another machine than training.md.
 docs/tables/%.md: .venv/installed always
 	mkdir -p docs/tables
-	$(PYTHON) docs/benchmark.py $* > $@.tmp
+	$(PYTHON) docs/benchmark.py $(firstword $(subst -, ,$*)) > $@.tmp
 	mv $@.tmp $@
 
 figures: .venv/installed
@@ -47,4 +51,4 @@ figures: .venv/installed
 	touch $@
 
 .DELETE_ON_ERROR:  # no half-made .venv
-.PHONY: demo test release tables figures always
+.PHONY: demo test release tables runs figures always

@@ -1,4 +1,4 @@
-"""Print the tables of docs/tables: speed, and what generated digits and the recipe are worth.
+"""Print tables of docs/tables: speed, and what generated digits are worth.
 
     python docs/benchmark.py training    images a second, beside a textbook loop: minutes
     python docs/benchmark.py sampling    digits a second: minutes
@@ -8,35 +8,27 @@
     python docs/benchmark.py samplers    distance and time of every sampler: an hour
     python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
-    python docs/benchmark.py time        digits after so many epochs, and a textbook loop's: hours
-    python docs/benchmark.py recipe      digits without one choice of the recipe at a time: hours
+    python docs/benchmark.py time        digits after so many epochs, and a textbook loop's
+    python docs/benchmark.py recipe      digits without one or a few choices of the recipe
 
-The times are those of two CPU cores. "make tables" prints all tables into their files, "make
+The times are those of two CPU cores with bfloat16. The last two tables take a moment: they are the
+means of what docs/runs.py has measured. "make tables" prints all tables into their files, "make
 docs/tables/NAME.md" prints one.
 """
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import functools
 import inspect
 import io
-import itertools
-import math
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
@@ -50,6 +42,8 @@ from common import (REPOSITORY, add_device_flag, add_flag, bounded, generator, h
                     run_script)
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
                       noise_levels, sample, to_pixels)
+from runs import (METRICS, N_SAMPLES, OF_CHOICES, OVER_TIME, SEEDS, conditions, kept_batches,
+                  make_scorer, read_runs, rows_of, textbook_training, train_variant)
 from test import (classify, distort, frechet_distance, latent_features, load_classifier,
                   mnist_pixels, pick_images, spread_labels, train_classifier)
 
@@ -67,28 +61,28 @@ def print_header(*names):
     print("|---" * len(names) + "|", flush=True)
 
 
+def print_conditions(rows):
+    """Print a line that says of what code, where and when are rows that have these conditions."""
+    commit, machine, torch_version, python, date = (
+        " and ".join(sorted({row[name] for row in rows}))
+        for name in ("commit", "machine", "torch", "python", "date"))
+    print(f"Commit {commit} of src; {machine}; torch {torch_version}, Python {python}; {date}.")
+
+
 def with_deviation(values, form):
     """Return the mean and, of several values, the standard deviation as text."""
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
-def conditions(device):
-    """Return a line that says of what code, where and when the figures below it are."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True,
-                              text=True).stdout.strip()
+QUALITY = "accuracy", "Frechet distance", "precision", "recall"  # the columns
 
-    commit = git("log", "-1", "--format=%h", "--", "src") or "unknown"
-    changed = ", changed" if git("status", "--porcelain", "--", "src") else ""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = (f"{torch.get_num_threads()} threads of a CPU with "
-                   f"{torch.backends.cpu.get_cpu_capability()}"
-                   f"{' and bfloat16' if has_bf16(device) else ''}")
-    return (f"Commit {commit} of src{changed}; {machine}; torch {torch.__version__}, Python "
-            f"{platform.python_version()}; {datetime.date.today()}.")
+
+def quality_cells(scores):
+    """Return the cells below QUALITY for the metrics of digits: a dict for each seed."""
+    forms = ".2%", ".4f", ".3f", ".3f"
+    return [with_deviation([score[metric] for score in scores], form)
+            for metric, form in zip(METRICS, forms, strict=True)]
 
 
 # ---- speed ----
@@ -151,35 +145,6 @@ def loaded_batches(batch_size):
                         drop_last=True)
     while True:
         yield from loader
-
-
-def kept_batches(images, labels, batch_size):
-    """Yield the same from tensors that are on the device already."""
-    while True:
-        order = torch.randperm(len(images), device=images.device)
-        for batch in order.split(batch_size)[:len(images) // batch_size]:
-            yield images[batch] / 255, labels[batch]
-
-
-def textbook_training(model, optimizer, batches, steps, device, bf16):
-    """Take steps in the loop that tutorials show, in bfloat16 or float32: DDPM's loss, t uniform.
-
-    batches: an endless generator of (images, labels). One label in ten is hidden, as is usual for
-    guidance.
-    """
-    alphas_cumprod = train.cumulative_alphas(1000).to(device)
-    for images, labels in itertools.islice(batches, steps):
-        x_0, labels = images.to(device) * 2 - 1, labels.to(device)
-        labels = labels.masked_fill(torch.rand(len(labels), device=device) < 0.1, train.NULL_LABEL)
-        noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
-        alpha_t, sigma_t = train.signal_and_noise(t, alphas_cumprod)
-        x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = F.mse_loss(model(x_t, t, labels).float(), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
 
 
 def flops_of_an_image(state, images, labels):
@@ -269,32 +234,7 @@ def sampling_speed(device, checkpoint_path=RELEASED):
 
 
 # ---- quality ----
-QUALITY = {"accuracy": ("accuracy", ".2%"), "Frechet distance": ("fid_classifier", ".4f"),
-           "precision": ("precision", ".3f"), "recall": ("recall", ".3f")}  # column: metric, form
-
-
-def quality_cells(scores):
-    """Return the table's cells for the metrics of digits: a dict for each seed."""
-    return [with_deviation([score[metric] for score in scores], form)
-            for metric, form in QUALITY.values()]
-
-
-@torch.inference_mode()
-def make_scorer(device, n_samples):
-    """Return (labels (N,), score, mark): score(digits) returns the metrics of digits for them.
-
-    mark: those of as many training images.
-    """
-    judge = evaluation.make_judge(28, 1, device)
-    labels = spread_labels(judge.test_labels, n_samples)
-
-    @torch.inference_mode()
-    def score(digits):
-        return judge.scores(judge.describe(digits.to(device)), labels)
-    return labels, score, score(pick_images(judge.train_images, judge.train_labels, labels))
-
-
-def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
+def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS):
     """Print what src/test.py prints for the released weights."""
     printed = io.StringIO()
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(printed):
@@ -330,7 +270,7 @@ def floor_table(device, checkpoint_path=RELEASED):
 GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
 
 
-def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
+def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS):
     """Print what digits are worth at several strengths of guidance."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, mark = make_scorer(device, n_samples)
@@ -343,7 +283,7 @@ def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3):
     print_row("training images", *quality_cells([mark]))
 
 
-def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3,
+def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS,
                   steps=(5, 12, 20, 50)):
     """Print the Frechet distance, and the seconds for 1,000 digits, of every sampler."""
     model, _ = load_checkpoint(checkpoint_path, device)
@@ -366,7 +306,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=3,
         print_row(name, *(cell(name, n_steps) for n_steps in steps))
 
 
-def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=3):
+def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=SEEDS):
     """Print how many real test digits classifiers read that were trained on generated digits alone.
 
     And on as many real ones, with the same labels: the classification accuracy score (Ravuri,
@@ -390,112 +330,7 @@ def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=3
         print_row(name, with_deviation([score(digits(seed), seed) for seed in range(seeds)], ".2%"))
 
 
-# ---- the recipe, and others ----
-def adam_alone(state):
-    """Give Muon's kernels to Adam."""
-    kernels = [kernel for stack in state.muon.stacks for kernel in stack]
-    state.adam.add_param_group(dict(params=kernels))
-    state.muon.stacks, state.muon.buffers, state.muon.streams = [], [], []
-
-
-class Variant(NamedTuple):
-    """What differs from the recipe: settings, what is done to the State, rates that do not fall."""
-    settings: dict
-    change: Callable | None = None
-    rates_fall: bool = True
-
-
-RECIPES = {
-    "the recipe": Variant({}),
-    "what is darker than black is an error, too": Variant(dict(edge=math.inf)),
-    "no guidance in training": Variant(dict(model_guidance=0.0)),
-    "no guidance in training, t nearly uniform": Variant(
-        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7)),
-    "no guidance in training, t nearly uniform, all as heavy (as DDPM)": Variant(
-        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0)),
-    "gradients of any length": Variant(dict(max_norm=math.inf)),
-    "Adam at 0.002 for all": Variant(dict(adam_rate=0.002), adam_alone),
-    "Adam at 0.005 for all": Variant(dict(adam_rate=0.005), adam_alone),
-    "no average of the weights": Variant(dict(ema_decay=0.0)),
-    "rates that do not fall": Variant({}, rates_fall=False),
-    "a tenth of the labels hidden": Variant(dict(label_dropout=0.1)),
-}
-
-
-def train_variant(name, settings, images, labels):
-    """Return the averaged network of a run of a variant of the recipe."""
-    variant = RECIPES[name]
-    state = train.State(dataclasses.replace(settings, **variant.settings), images.device)
-    if variant.change:
-        variant.change(state)
-    steps = settings.n_epochs * (len(images) // settings.batch_size)
-    horizon = steps if variant.rates_fall else math.inf
-    for epoch in range(settings.n_epochs):
-        for batch in train.epoch_batches(settings, epoch, len(images), images.device):
-            train.take_step(state, images[batch], labels[batch], horizon)
-    return state.average
-
-
-def train_textbook(settings, images, labels):
-    """Return the network of a run of the textbook loop, without an average."""
-    device = images.device
-    torch.manual_seed(settings.seed)
-    model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
-    steps = settings.n_epochs * (len(images) // settings.batch_size)
-    textbook_training(model, torch.optim.Adam(model.parameters(), 1e-3),
-                      kept_batches(images, labels, settings.batch_size), steps, device,
-                      has_bf16(device))
-    return model.eval().requires_grad_(False)
-
-
-def train_timed(name, settings, images, labels):
-    """Return the network of a run of a RECIPES' row or of "textbook", and its seconds."""
-    start = time.perf_counter()
-    if name == "textbook":
-        model = train_textbook(settings, images, labels)
-    else:
-        model = train_variant(name, settings, images, labels)
-    next(model.parameters()).sum().item()  # a GPU has done its work then
-    return model, time.perf_counter() - start
-
-
-def recipe_table(device, n_epochs=2, batch_size=64, n_samples=10_000, seeds=3):
-    """Train with one choice at a time taken back; print what the digits are worth then."""
-    wanted, score, mark = make_scorer(device, n_samples)
-    images, labels = train.load_mnist("train", device=device)
-    print(f"{n_epochs} epochs in batches of {batch_size}; {n_samples:,} digits, {seeds} seeds.\n")
-    print_header("", *QUALITY)
-    for name in RECIPES:
-        judged = []
-        for seed in range(seeds):
-            settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
-            average = train_variant(name, settings, images, labels)
-            judged.append(score(sample(average, wanted, seed=seed)[-1]))
-        print_row(name, *quality_cells(judged))
-    print_row("training images", *quality_cells([mark]))
-
-
-RUNS = [("textbook", epochs, 64) for epochs in (2, 4, 8, 16)] + [
-    ("the recipe", 1, 64), ("the recipe", 2, 64), ("the recipe", 8, 64), ("the recipe", 16, 128)]
-
-
-def time_table(device, n_samples=10_000, seeds=3):
-    """Print what digits are worth after more and more epochs, and how long these took."""
-    wanted, score, mark = make_scorer(device, n_samples)
-    images, labels = train.load_mnist("train", device=device)
-    print(f"{n_samples:,} digits, {seeds} seeds.\n")
-    print_header("training", "epochs", "batch", "seconds", *QUALITY)
-    for name, n_epochs, batch_size in RUNS:
-        judged, times = [], []
-        for seed in range(seeds):
-            settings = train.Settings(n_epochs=n_epochs, batch_size=batch_size, seed=seed)
-            model, taken = train_timed(name, settings, images, labels)
-            times.append(taken)
-            judged.append(score(sample(model, wanted, seed=seed)[-1]))
-        print_row(name, n_epochs, batch_size, with_deviation(times, ".0f"), *quality_cells(judged))
-    print_row("training images", "", "", "", *quality_cells([mark]))
-
-
+# ---- told apart ----
 def told_apart(generated, real, seed):
     """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
 
@@ -521,7 +356,7 @@ LOOKS = {"as they are": lambda images: images, "slightly distorted": slightly_di
          "in black and white": lambda images: (images > 127).byte() * 255}
 
 
-def told_apart_table(device, checkpoint_path=RELEASED, seeds=3):
+def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
     """Print how often a network tells digits from real ones, looked at in three ways.
 
     The mark is of training images against test images. 50 % would be guessing.
@@ -536,7 +371,8 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=3):
     def of_a_short_run(name):
         def made(seed):
             settings = train.Settings(n_epochs=2, batch_size=64, seed=seed)
-            return generated(train_variant(name, settings, images, labels), seed)
+            *_, average = train_variant(name, settings, images, labels)
+            return generated(average, seed)
         return made
 
     released, _ = load_checkpoint(checkpoint_path, device)
@@ -559,6 +395,41 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=3):
         print_row(name, *(with_deviation(values, ".1%") for values in shares.values()))
 
 
+# ---- short runs ----
+def time_table():
+    """Print what digits are worth after more and more epochs, and how long these took."""
+    mark, *rows = read_runs()
+    runs = [(run, epoch, rows_of(rows, run, epoch)) for run in OVER_TIME for epoch in run.epochs]
+    shown = [row for *_, found in runs for row in found]
+    machines = sorted({row["machine"] for row in shown})
+    print_conditions(shown)
+    print(f"{N_SAMPLES:,} digits of each run; docs/tables/runs.csv has all runs.\n")
+    print_header("training", "epochs", "batch", "seeds",
+                 *(f"seconds, {machine}" for machine in machines), *QUALITY)
+    for run, epoch, found in runs:
+        if found:
+            times = ([float(row["seconds"]) for row in found if row["machine"] == machine]
+                     for machine in machines)
+            print_row(run.name, epoch, run.batch_size, len(found),
+                      *(with_deviation(values, ".0f") if values else "" for values in times),
+                      *quality_cells(found))
+    print_row("training images", "", "", "", *("" for _ in machines), *quality_cells([mark]))
+
+
+def recipe_table():
+    """Print what digits are worth without one or a few choices of the recipe."""
+    mark, *rows = read_runs()
+    runs = [(run, rows_of(rows, run, run.epochs[-1])) for run in OF_CHOICES]
+    print_conditions([row for _, found in runs for row in found])
+    print(f"Two epochs in batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/runs.csv "
+          "has all runs.\n")
+    print_header("", "seeds", *QUALITY)
+    for run, found in runs:
+        if found:
+            print_row(run.name, len(found), *quality_cells(found))
+    print_row("training images", "", *quality_cells([mark]))
+
+
 # ---- command line ----
 TABLES = {"training": training_speed, "sampling": sampling_speed, "released": released_table,
           "floors": floor_table, "guidance": guidance_table, "samplers": sampler_table,
@@ -568,7 +439,6 @@ TABLES = {"training": training_speed, "sampling": sampling_speed, "released": re
 FLAGS = {  # of those tables whose functions have a parameter of the name
     "checkpoint_path": ("whose digits", dict(type=Path)),
     "batch_size": ("images in a training step", dict(type=bounded(int, 1, 2000))),
-    "n_epochs": ("of each row's training", dict(type=bounded(int, 1))),
     "n_samples": ("digits", dict(type=bounded(int, 2000, 50_000))),
     "seeds": ("repetitions", dict(type=bounded(int, 1, 100))),
     "steps": ("the columns", dict(type=bounded(int, 1), nargs="+")),
@@ -581,16 +451,18 @@ def main(argv=None):
     for name, table in TABLES.items():
         flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0],
                                       usage=argparse.SUPPRESS)
-        add_device_flag(flags)
-        for parameter in list(inspect.signature(table).parameters.values())[1:]:
-            text, options = FLAGS[parameter.name]
-            add_flag(flags, parameter.name, text, parameter.default, **options)
+        for parameter in inspect.signature(table).parameters.values():
+            if parameter.name == "device":
+                add_device_flag(flags)
+            else:
+                text, options = FLAGS[parameter.name]
+                add_flag(flags, parameter.name, text, parameter.default, **options)
     chosen = vars(parser.parse_args(argv))
-    device, table = torch.device(chosen.pop("device")), TABLES[chosen.pop("table")]
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    print(conditions(device))
-    table(device, **chosen)
+    table = TABLES[chosen.pop("table")]
+    if "device" in chosen:
+        chosen["device"] = train.start_processes(chosen["device"])
+        print_conditions([conditions(chosen["device"])])
+    table(**chosen)
 
 
 if __name__ == "__main__":

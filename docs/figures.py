@@ -1,11 +1,12 @@
-"""Draw the pages' pictures anew, by the released weights: a minute on a CPU.
+"""Draw the pages' pictures anew, by the released weights and docs/tables/runs.csv: a minute.
 
     python docs/figures.py
 
 generated_samples/released.png and .gif: a hundred digits, and the way of some from noise;
-docs/figures/: what happens along t, and what guidance does.
+docs/figures/: what happens along t, what guidance does, and how digits become better in training.
 """
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
-from common import REPOSITORY, generator, replacing, run_script
+from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels)
+from runs import OVER_TIME, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
@@ -106,6 +108,34 @@ def along_t(model):
     save_figure(figure, "along_t.png")
 
 
+# ---- training ----
+def quality_over_time():
+    """Frechet distance and accuracy after more and more epochs: the recipe, and a textbook loop."""
+    mark, *rows = read_runs()
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, color in (("textbook", "tab:gray"), ("the recipe", "tab:blue")):
+        points = []
+        for run in OVER_TIME:
+            for epoch in run.epochs:
+                found = rows_of(rows, run, epoch)
+                if run.name == name and found:
+                    distance, accuracy = (statistics.mean(row[metric] for row in found)
+                                          for metric in ("fid_classifier", "accuracy"))
+                    points.append((epoch, distance))
+                    axes.annotate(f"{accuracy:.1%}", points[-1], (6, 6),
+                                  textcoords="offset points", color=color)
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+    axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(yscale="log", xlabel="epochs", ylabel="Frechet distance")
+    label_log_axis(axes.yaxis)
+    axes.margins(0.12)
+    axes.legend()
+    save_figure(figure, "time.png")
+
+
 # ---- command line ----
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
@@ -115,6 +145,7 @@ def main(argv=None):
     way_from_noise(model)
     guidance_rows(model)
     along_t(model)
+    quality_over_time()
 
 
 if __name__ == "__main__":

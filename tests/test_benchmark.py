@@ -1,5 +1,5 @@
 """docs/benchmark.py: its tables, of few digits and steps."""
-import dataclasses
+import functools
 import inspect
 import re
 
@@ -9,7 +9,7 @@ from conftest import write_checkpoint
 
 import benchmark
 import test
-import train
+from common import InputError, write_csv
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
     benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert re.match(r"Commit (\w{7,}|unknown) of src(, changed)?; \d+ threads of a CPU", printed)
+    assert re.match(r"Commit (\w{7,}|unknown)( \(changed\))? of src; \d+ threads of a CPU", printed)
     names = re.findall(r"^\| (.+?) \| [\d,]+ \w+/s \|", printed, re.MULTILINE)
     assert names[:2] == ["training", "textbook float32"] and "product" in names[-1]
     assert re.search(r"Training is \d+\.\d+ times as fast as the textbook float32 loop", printed)
@@ -50,29 +50,48 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
         assert real == made and real[0] == (20, 1, 28, 28)
 
 
+def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
+    def row(training, epochs, accuracy, **other):
+        return dict(training=training, batch_size=64, epochs=epochs, seed="", seconds=60,
+                    accuracy=accuracy, fid_classifier=1, precision=0.5, recall=0.5, commit="today",
+                    machine="B", torch="2", python="3", date="1") | other
+
+    path = tmp_path / "runs.csv"
+    monkeypatch.setattr(benchmark, "read_runs", functools.partial(benchmark.read_runs, path))
+    with pytest.raises(InputError, match="does not exist"):
+        benchmark.main(["time"])
+    write_csv(path, [
+        row("training images", "", 1, batch_size=""), row("textbook", 4, 0.6),
+        row("textbook", 2, 0.2, seconds=50), row("textbook", 2, 0.4, seconds=70, machine="A"),
+        row("the recipe", 2, 0.5), row("the recipe", 2, 0.7),
+        row("no average of the weights", 2, 0.3, machine="C", date="2")])
+    benchmark.main(["time"])
+    assert capsys.readouterr().out == """\
+Commit today of src; A and B; torch 2, Python 3; 1.
+10,000 digits of each run; docs/tables/runs.csv has all runs.
+
+| training | epochs | batch | seeds | seconds, A | seconds, B | accuracy | Frechet distance | precision | recall |
+|---|---|---|---|---|---|---|---|---|---|
+| textbook | 2 | 64 | 2 | 70 | 50 | 30.00% ± 14.14% | 1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.500 ± 0.000 |
+| textbook | 4 | 64 | 1 |  | 60 | 60.00% | 1.0000 | 0.500 | 0.500 |
+| the recipe | 2 | 64 | 2 |  | 60 ± 0 | 60.00% ± 14.14% | 1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.500 ± 0.000 |
+| training images |  |  |  |  |  | 100.00% | 1.0000 | 0.500 | 0.500 |
+"""  # noqa: E501
+    benchmark.main(["recipe"])
+    assert capsys.readouterr().out == """\
+Commit today of src; B and C; torch 2, Python 3; 1 and 2.
+Two epochs in batches of 64; 10,000 digits of each run; docs/tables/runs.csv has all runs.
+
+|  | seeds | accuracy | Frechet distance | precision | recall |
+|---|---|---|---|---|---|
+| the recipe | 2 | 60.00% ± 14.14% | 1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.500 ± 0.000 |
+| no average of the weights | 1 | 30.00% | 1.0000 | 0.500 | 0.500 |
+| training images |  | 100.00% | 1.0000 | 0.500 | 0.500 |
+"""
+
+
 def test_told_apart_are_other_images_but_not_others_of_the_same_kind(mnist):
     images, _ = mnist["train"]
     first, second = images[:400], images[400:800]
     assert benchmark.told_apart(255 - first, second, seed=0) > 0.95
     assert benchmark.told_apart(first, second, seed=0) == pytest.approx(0.5, abs=0.15)
-
-
-def test_the_textbook_loop_learns(mnist):
-    few = [values[:256] for values in mnist["train"]]
-    settings = train.Settings(n_epochs=20, batch_size=64)
-    before, after = (benchmark.train_textbook(dataclasses.replace(settings, n_epochs=n), *few)
-                     for n in (0, 20))
-    with torch.inference_mode():
-        errors = [test.noise_mse(model, *few) for model in (before, after)]
-    assert errors[1] < 0.7 * errors[0]
-
-
-@pytest.mark.parametrize("name", benchmark.RECIPES)
-def test_benchmark_of_the_recipe_trains_by_every_variant(name, mnist):
-    few = [values[:64] for values in mnist["train"]]
-    settings = train.Settings(n_epochs=2, batch_size=16)
-    average = benchmark.train_variant(name, settings, *few)
-    assert all(p.isfinite().all() for p in average.parameters())
-    usual = benchmark.train_variant("the recipe", settings, *few)
-    same = [p.equal(q) for p, q in zip(average.parameters(), usual.parameters(), strict=True)]
-    assert all(same) == (name == "the recipe")

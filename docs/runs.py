@@ -1,0 +1,275 @@
+"""Train short runs, and write what their digits are worth to docs/tables/runs.csv.
+
+    python docs/runs.py    some five hours; a CPU without bfloat16 takes nearly a day
+
+These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
+loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
+can grow over several sittings, on several machines, and Ctrl-C loses no more than one run.
+"python docs/benchmark.py time" and "... recipe" print the means.
+"""
+import argparse
+import csv
+import dataclasses
+import datetime
+import itertools
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import train
+from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
+                    prepare_folder, run_script, write_csv)
+from generate import sample
+from test import make_judge, pick_images, spread_labels
+
+RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
+N_SAMPLES = 10_000
+SEEDS = 3
+METRICS = "accuracy", "fid_classifier", "precision", "recall"
+
+
+# ---- conditions ----
+def git(*words):
+    return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True,
+                          text=True).stdout.strip()
+
+
+def commit_of_src():
+    """Return the last commit that touched src, and whether src has been changed since."""
+    changed = " (changed)" if git("status", "--porcelain", "--", "src") else ""
+    return (git("log", "-1", "--format=%h", "--", "src") or "unknown") + changed
+
+
+def conditions(device):
+    """Return of what code, where and when a figure is, as a dict of texts."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = (f"{torch.get_num_threads()} threads of a CPU with "
+                   f"{torch.backends.cpu.get_cpu_capability()}"
+                   f"{' and bfloat16' if has_bf16(device) else ''}")
+    return dict(commit=commit_of_src(), machine=machine, torch=torch.__version__,
+                python=platform.python_version(), date=str(datetime.date.today()))
+
+
+# ---- the loop that tutorials show ----
+def kept_batches(images, labels, batch_size):
+    """Yield batches of images in [0, 1] and labels without end. No step waits for their loading."""
+    while True:
+        order = torch.randperm(len(images), device=images.device)
+        for batch in order.split(batch_size)[:len(images) // batch_size]:
+            yield images[batch] / 255, labels[batch]
+
+
+def textbook_training(model, optimizer, batches, steps, device, bf16):
+    """Take steps in the loop that tutorials show, in bfloat16 or float32: DDPM's loss, t uniform.
+
+    batches: an endless generator of (images, labels). One label in ten is hidden, as is usual for
+    guidance.
+    """
+    alphas_cumprod = train.cumulative_alphas(1000).to(device)
+    for images, labels in itertools.islice(batches, steps):
+        x_0, labels = images.to(device) * 2 - 1, labels.to(device)
+        labels = labels.masked_fill(torch.rand(len(labels), device=device) < 0.1, train.NULL_LABEL)
+        noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
+        alpha_t, sigma_t = train.signal_and_noise(t, alphas_cumprod)
+        x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = F.mse_loss(model(x_t, t, labels).float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # tutorials show it, so a GPU is waited for at every step
+
+
+def train_textbook(settings, images, labels):
+    """Yield the network after each epoch of the textbook loop, which takes no average.
+
+    Images are kept on the device, and the network is laid out as ours is. So the time that it takes
+    differs from ours by nothing but the steps.
+    """
+    device = images.device
+    torch.manual_seed(settings.seed)
+    model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = kept_batches(images, labels, settings.batch_size)
+    steps = len(images) // settings.batch_size
+    for _ in range(settings.n_epochs):
+        textbook_training(model, optimizer, batches, steps, device, has_bf16(device))
+        yield model
+
+
+# ---- the recipe, and what is left when a choice is taken back ----
+def adam_alone(state):
+    """Give Muon's kernels to Adam."""
+    kernels = [kernel for stack in state.muon.stacks for kernel in stack]
+    # They share the rate of Adam's other weights, the tensor that set_rates fills.
+    state.adam.add_param_group(dict(params=kernels))
+    state.muon.stacks, state.muon.buffers, state.muon.streams = [], [], []
+
+
+class Variant(NamedTuple):
+    """What differs from the recipe: settings, what is done to the State, rates that do not fall."""
+    settings: dict
+    change: Callable | None = None
+    rates_fall: bool = True
+
+
+RECIPES = {
+    "the recipe": Variant({}),
+    "what is darker than black is an error, too": Variant(dict(edge=math.inf)),
+    "no guidance in training": Variant(dict(model_guidance=0.0)),
+    "no guidance in training, t nearly uniform": Variant(
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7)),
+    "no guidance in training, t nearly uniform, all as heavy (as DDPM)": Variant(
+        dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0)),
+    "gradients of any length": Variant(dict(max_norm=math.inf)),
+    "Adam at 0.002 for all": Variant(dict(adam_rate=0.002), adam_alone),
+    "Adam at 0.005 for all": Variant(dict(adam_rate=0.005), adam_alone),
+    "no average of the weights": Variant(dict(ema_decay=0.0)),
+    "rates that do not fall": Variant({}, rates_fall=False),
+    "a tenth of the labels hidden": Variant(dict(label_dropout=0.1)),
+}
+
+
+def train_variant(name, settings, images, labels):
+    """Yield the averaged network after each epoch of a variant of the recipe."""
+    variant = RECIPES[name]
+    state = train.State(dataclasses.replace(settings, **variant.settings), images.device)
+    if variant.change:
+        variant.change(state)
+    steps = settings.n_epochs * (len(images) // settings.batch_size)
+    horizon = steps if variant.rates_fall else math.inf
+    for epoch in range(settings.n_epochs):
+        for batch in train.epoch_batches(settings, epoch, len(images), images.device):
+            train.take_step(state, images[batch], labels[batch], horizon)
+        yield state.average
+
+
+# ---- runs ----
+class Run(NamedTuple):
+    """What is trained, in batches of how many, and the epochs after which its digits are judged.
+
+    A run ends with the last of these epochs.
+    """
+    name: str
+    batch_size: int
+    epochs: tuple
+
+
+# After a change here, take the rows of what has changed out of runs.csv.
+#
+# The textbook loop's rate is constant, so one run passes through all its rows. The recipe's rates
+# fall over a run, so that each row is a run of its own. The longest is in batches of 128, as the
+# released weights are: for long runs these are better.
+OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run("the recipe", 64, (1,)),
+             Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
+             Run("the recipe", 128, (16,))]
+OF_CHOICES = [Run(name, 64, (2,)) for name in RECIPES]
+RUNS = list(dict.fromkeys(OVER_TIME + OF_CHOICES))  # the recipe's two epochs are in both
+
+
+@torch.inference_mode()
+def make_scorer(device, n_samples):
+    """Return (labels (N,), score, mark): score(digits) returns the metrics of digits for them.
+
+    mark: the metrics of as many training images.
+    """
+    # without TF32, as in src/test.py, so that machines agree
+    exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    judge = exactly(make_judge)(28, 1, device)
+    labels = spread_labels(judge.test_labels, n_samples)
+
+    @exactly
+    @torch.inference_mode()
+    def score(digits):
+        scores = judge.scores(judge.describe(digits.to(device)), labels)
+        return {metric: scores[metric] for metric in METRICS}
+    return labels, score, score(pick_images(judge.train_images, judge.train_labels, labels))
+
+
+def networks(run, seed, images, labels):
+    """Yield (epoch, network, seconds) after each epoch in run.epochs.
+
+    seconds: of training so far, its start-up included.
+    """
+    settings = train.Settings(n_epochs=run.epochs[-1], batch_size=run.batch_size, seed=seed)
+    if run.name == "textbook":
+        epochs = train_textbook(settings, images, labels)
+    else:
+        epochs = train_variant(run.name, settings, images, labels)
+    seconds, start = 0.0, time.perf_counter()
+    for epoch, network in enumerate(epochs, start=1):
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        if epoch in run.epochs:
+            yield epoch, network, seconds
+        start = time.perf_counter()
+
+
+def read_runs(path=RUNS_FILE):
+    """Return the file's rows: dicts of texts, but for the metrics. Raises InputError without it."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: python docs/runs.py")
+    with open(path) as file:
+        return [row | {metric: float(row[metric]) for metric in METRICS}
+                for row in csv.DictReader(file)]
+
+
+def rows_of(rows, run, epoch):
+    """Return those of the rows that are of a run after an epoch: one for each seed."""
+    wanted = run.name, str(run.batch_size), str(epoch)
+    return [row for row in rows
+            if (row["training"], row["batch_size"], row["epochs"]) == wanted]
+
+
+def new_row(training, batch_size="", epochs="", seed="", seconds=""):
+    return dict(training=training, batch_size=batch_size, epochs=epochs, seed=seed, seconds=seconds)
+
+
+def record_runs(path, device, seeds):
+    """Do the runs that the file lacks, one seed after the other, and add their rows to it.
+
+    Its first row is of training images. Raises InputError for a file of another commit of src.
+    """
+    here = conditions(device)  # asked now, for src may be edited while it runs
+    wanted, score, mark = make_scorer(device, N_SAMPLES)
+    images, labels = train.load_mnist("train", device=device)
+    if not path.exists():
+        write_csv(path, [new_row("training images") | mark | here])
+    if {row["commit"] for row in read_runs(path)} != {here["commit"]}:
+        raise InputError(f"{path} is not of commit {here['commit']} of src: move it away")
+    for seed, run in itertools.product(range(seeds), RUNS):
+        if str(seed) in [row["seed"] for row in rows_of(read_runs(path), run, run.epochs[-1])]:
+            continue
+        rows = []
+        for epoch, network, seconds in networks(run, seed, images, labels):
+            row = new_row(run.name, run.batch_size, epoch, seed, f"{seconds:.1f}")
+            rows.append(row | score(sample(network, wanted, seed=seed)[-1]) | here)
+            print(", ".join(f"{name}: {value}" for name, value in rows[-1].items()), flush=True)
+        write_csv(path, read_runs(path) + rows)  # read again: another run may have ended meanwhile
+
+
+# ---- command line ----
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    add_device_flag(parser)
+    add_flag(parser, "seeds", "repetitions of each run", SEEDS, type=bounded(int, 1, 100))
+    args = parser.parse_args(argv)
+    prepare_folder(RUNS_FILE.parent)
+    record_runs(RUNS_FILE, train.start_processes(args.device), args.seeds)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,82 @@
+"""docs/runs.py: short runs, and what is written of them."""
+import functools
+
+import pytest
+import torch
+
+import runs
+import test
+import train
+from common import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_the_textbook_loop_learns(mnist):
+    few = [values[:256] for values in mnist["train"]]
+    epochs = runs.train_textbook(train.Settings(n_epochs=20, batch_size=64), *few)
+    errors = {}
+    for epoch, network in enumerate(epochs, start=1):
+        if epoch in (1, 20):
+            with torch.inference_mode():
+                errors[epoch] = test.noise_mse(network, *few)
+    assert errors[20] < 0.7 * errors[1]
+
+
+@pytest.fixture(scope="module")
+def variant(mnist):
+    """A function that returns the network after two epochs of few images by a variant."""
+    few = [values[:64] for values in mnist["train"]]
+
+    @functools.cache
+    def train_few(name):
+        *_, network = runs.train_variant(name, train.Settings(n_epochs=2, batch_size=16), *few)
+        return network
+    return train_few
+
+
+@pytest.mark.parametrize("name", list(runs.RECIPES)[1:])
+def test_every_variant_trains_and_differs_from_the_recipe(name, variant):
+    pairs = list(zip(variant(name).parameters(), variant("the recipe").parameters(), strict=True))
+    assert all(p.isfinite().all() for p, _ in pairs)
+    assert not all(p.equal(q) for p, q in pairs)
+
+
+def test_adam_alone_moves_the_kernels_that_muon_had(variant):
+    fresh = train.State(train.Settings(), CPU).average
+    for name in ("Adam at 0.002 for all", "Adam at 0.005 for all"):
+        for p, q in zip(variant(name).parameters(), fresh.parameters(), strict=True):
+            assert not p.equal(q)
+
+
+def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_mnist, monkeypatch):
+    path, networks, begun = tmp_path / "runs.csv", runs.networks, []
+    monkeypatch.setattr(runs, "N_SAMPLES", 20)
+    monkeypatch.setattr(runs, "RUNS", [runs.Run("the recipe", 50, (1,)),
+                                       runs.Run("textbook", 50, (1, 2))])
+
+    def stopped(run, seed, *data):
+        begun.append((run.name, seed))
+        for network in networks(run, seed, *data):
+            yield network
+            if begun == [("the recipe", 0), ("textbook", 0)]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "networks", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        runs.record_runs(path, CPU, seeds=1)
+    runs.record_runs(path, CPU, seeds=2)
+    assert begun == [("the recipe", 0), ("textbook", 0), ("textbook", 0), ("the recipe", 1),
+                     ("textbook", 1)]
+    mark, *rows = runs.read_runs(path)
+    assert mark["training"] == "training images" and mark["accuracy"] > 0.8
+    assert [(row["training"], row["epochs"], row["seed"]) for row in rows] == [
+        ("the recipe", "1", "0"), ("textbook", "1", "0"), ("textbook", "2", "0"),
+        ("the recipe", "1", "1"), ("textbook", "1", "1"), ("textbook", "2", "1")]
+    assert 0 < float(rows[1]["seconds"]) < float(rows[2]["seconds"])
+
+    before = path.read_text()
+    monkeypatch.setattr(runs, "commit_of_src", lambda: "another")
+    with pytest.raises(InputError, match=r"runs\.csv is not of commit another of src"):
+        runs.record_runs(path, CPU, seeds=3)
+    assert path.read_text() == before
