@@ -109,27 +109,30 @@ def along_t(model):
 
 
 # ---- training ----
+def mean_of(rows, column):
+    return statistics.mean(float(row[column]) for row in rows)
+
+
 def quality_over_time():
-    """Frechet distance and accuracy after more and more epochs: the recipe, and a textbook loop."""
+    """Frechet distance and accuracy against the time of training: the recipe, a textbook loop."""
     mark, *rows = read_runs()
+    machine = mark["machine"]  # the first; times on others do not compare
+    rows = [row for row in rows if row["machine"] == machine]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, color in (("textbook", "tab:gray"), ("the recipe", "tab:blue")):
-        points = []
-        for run in OVER_TIME:
-            for epoch in run.epochs:
-                found = rows_of(rows, run, epoch)
-                if run.name == name and found:
-                    distance, accuracy = (statistics.mean(row[metric] for row in found)
-                                          for metric in ("fid_classifier", "accuracy"))
-                    points.append((epoch, distance))
-                    axes.annotate(f"{accuracy:.1%}", points[-1], (6, 6),
-                                  textcoords="offset points", color=color)
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+        judged = [found for run in OVER_TIME if run.name == name for epoch in run.epochs
+                  if (found := rows_of(rows, run, epoch))]
+        minutes = [mean_of(found, "seconds") / 60 for found in judged]
+        distances = [mean_of(found, "fid_classifier") for found in judged]
+        axes.plot(minutes, distances, "o-", color=color, label=name)
+        for found, *place in zip(judged, minutes, distances, strict=True):
+            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", place, (6, 6), color=color,
+                          textcoords="offset points")
     axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(yscale="log", xlabel="epochs", ylabel="Frechet distance")
+    axes.set(xscale="log", yscale="log", xlabel=f"minutes of training on {machine}",
+             ylabel="Frechet distance")
+    label_log_axis(axes.xaxis)
     label_log_axis(axes.yaxis)
     axes.margins(0.12)
     axes.legend()
