@@ -1,6 +1,6 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
-    python docs/runs.py    some five hours; a CPU without bfloat16 takes nearly a day
+    python docs/runs.py    some four hours on two CPU cores, without bfloat16 twelve
 
 These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
 loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
@@ -170,8 +170,8 @@ class Run(NamedTuple):
 # After a change here, take the rows of what has changed out of runs.csv.
 #
 # The textbook loop's rate is constant, so one run passes through all its rows. The recipe's rates
-# fall over a run, so that each row is a run of its own. The longest is in batches of 128, as the
-# released weights are: for long runs these are better.
+# fall over a run, so that each row is a run of its own. The longest is in batches of 128, in which
+# the released weights were trained.
 OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run("the recipe", 64, (1,)),
              Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
              Run("the recipe", 128, (16,))]
