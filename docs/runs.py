@@ -55,7 +55,8 @@ def conditions(device):
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        machine = (f"{torch.get_num_threads()} threads of a CPU with "
+        threads = torch.get_num_threads()
+        machine = (f"{threads} thread{'s' if threads > 1 else ''} of a CPU with "
                    f"{torch.backends.cpu.get_cpu_capability()}"
                    f"{' and bfloat16' if has_bf16(device) else ''}")
     return dict(commit=commit_of_src(), machine=machine, torch=torch.__version__,

@@ -1,6 +1,7 @@
 """What several tests need: networks, a small MNIST, a small copy of the repository."""
 import csv
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for several processes test at once; to be set before torch
 import torch
 
 import generate
