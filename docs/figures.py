@@ -114,21 +114,29 @@ def mean_of(rows, column):
 
 
 def quality_over_time():
-    """Frechet distance and accuracy against the time of training: the recipe, a textbook loop."""
+    """Frechet distance and accuracy against the time of training: the recipe, a textbook loop.
+
+    The minutes are those of the machine that most runs were done on.
+    """
     mark, *rows = read_runs()
-    machine = mark["machine"]  # the first; times on others do not compare
-    rows = [row for row in rows if row["machine"] == machine]
+    machine = statistics.mode(row["machine"] for row in rows)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, color in (("textbook", "tab:gray"), ("the recipe", "tab:blue")):
-        judged = [found for run in OVER_TIME if run.name == name for epoch in run.epochs
-                  if (found := rows_of(rows, run, epoch))]
-        minutes = [mean_of(found, "seconds") / 60 for found in judged]
-        distances = [mean_of(found, "fid_classifier") for found in judged]
+        judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
+                  for epoch in run.epochs]
+        minutes, distances = [], []
+        for found in judged:
+            timed = [row for row in found if row["machine"] == machine]
+            if not timed:
+                continue
+            minutes.append(mean_of(timed, "seconds") / 60)
+            distances.append(mean_of(found, "fid_classifier"))
+            single = [row["fid_classifier"] for row in found]
+            axes.plot([minutes[-1]] * len(single), single, ".", color=color, alpha=0.5)
+            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), (6, 6),
+                          color=color, textcoords="offset points")
         axes.plot(minutes, distances, "o-", color=color, label=name)
-        for found, *place in zip(judged, minutes, distances, strict=True):
-            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", place, (6, 6), color=color,
-                          textcoords="offset points")
     axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
     axes.set(xscale="log", yscale="log", xlabel=f"minutes of training on {machine}",
              ylabel="Frechet distance")
