@@ -1,6 +1,6 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
-    python docs/runs.py    some four hours on two CPU cores, without bfloat16 twelve
+    python docs/runs.py    some five hours on two CPU cores, without bfloat16 fifteen
 
 These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
 loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
@@ -134,7 +134,9 @@ RECIPES = {
         dict(model_guidance=0.0, t_mean=0.0, t_std=1.7)),
     "no guidance in training, t nearly uniform, all as heavy (as DDPM)": Variant(
         dict(model_guidance=0.0, t_mean=0.0, t_std=1.7, loss_power=0.0)),
+    "all t as heavy": Variant(dict(loss_power=0.0)),
     "gradients of any length": Variant(dict(max_norm=math.inf)),
+    "Adam at 0.001 for all": Variant(dict(adam_rate=0.001), adam_alone),
     "Adam at 0.002 for all": Variant(dict(adam_rate=0.002), adam_alone),
     "Adam at 0.005 for all": Variant(dict(adam_rate=0.005), adam_alone),
     "no average of the weights": Variant(dict(ema_decay=0.0)),

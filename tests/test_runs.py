@@ -44,9 +44,9 @@ def test_every_variant_trains_and_differs_from_the_recipe(name, variant):
 
 def test_adam_alone_moves_the_kernels_that_muon_had(variant):
     fresh = train.State(train.Settings(), CPU).average
-    for name in ("Adam at 0.002 for all", "Adam at 0.005 for all"):
-        for p, q in zip(variant(name).parameters(), fresh.parameters(), strict=True):
-            assert not p.equal(q)
+    moved = variant("Adam at 0.001 for all")
+    for p, q in zip(moved.parameters(), fresh.parameters(), strict=True):
+        assert not p.equal(q)
 
 
 def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_mnist, monkeypatch):
