@@ -18,7 +18,8 @@ def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
     benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert re.match(r"Commit (\w{7,}|unknown)( \(changed\))? of src; \d+ threads? of a CPU", printed)
+    commit = r"Commit (\w{7,}|unknown)( \(changed\))? of src"
+    assert re.match(commit + r"; \d+ threads? of a CPU", printed)
     names = re.findall(r"^\| (.+?) \| [\d,]+ \w+/s \|", printed, re.MULTILINE)
     assert names[:2] == ["training", "textbook float32"] and "product" in names[-1]
     assert re.search(r"Training is \d+\.\d+ times as fast as the textbook float32 loop", printed)
