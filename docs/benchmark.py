@@ -421,13 +421,12 @@ def recipe_table():
     mark, *rows = read_runs()
     runs = [(run, rows_of(rows, run, run.epochs[-1])) for run in OF_CHOICES]
     print_conditions([row for _, found in runs for row in found])
-    print(f"Two epochs in batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/runs.csv "
-          "has all runs.\n")
-    print_header("", "seeds", *QUALITY)
+    print(f"Batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/runs.csv has all runs.\n")
+    print_header("", "epochs", "seeds", *QUALITY)
     for run, found in runs:
         if found:
-            print_row(run.name, len(found), *quality_cells(found))
-    print_row("training images", "", *quality_cells([mark]))
+            print_row(run.name, run.epochs[-1], len(found), *quality_cells(found))
+    print_row("training images", "", "", *quality_cells([mark]))
 
 
 # ---- command line ----

@@ -179,7 +179,11 @@ OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run("the recipe", 64, (1,)),
              Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
              Run("the recipe", 128, (16,))]
 OF_CHOICES = [Run(name, 64, (2,)) for name in RECIPES]
-RUNS = list(dict.fromkeys(OVER_TIME + OF_CHOICES))  # the recipe's two epochs are in both
+# What two epochs do not tell from chance, one epoch may: it leaves a run more to gain.
+OF_CHOICES += [Run(name, 64, (1,)) for name in (
+    "the recipe", "what is darker than black is an error, too", "all t as heavy",
+    "gradients of any length")]
+RUNS = list(dict.fromkeys(OVER_TIME + OF_CHOICES))  # some of the recipe's runs are in both
 
 
 @torch.inference_mode()
