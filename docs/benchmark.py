@@ -18,7 +18,6 @@ docs/tables/NAME.md" prints one.
 import argparse
 import contextlib
 import functools
-import inspect
 import io
 import os
 import resource
@@ -38,8 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import test as evaluation
 import train
-from common import (REPOSITORY, add_device_flag, add_flag, bounded, generator, has_bf16,
-                    run_script)
+from common import REPOSITORY, add_device_flag, generator, has_bf16, run_script
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
                       noise_levels, sample, to_pixels)
 from runs import (METRICS, N_SAMPLES, OF_CHOICES, OVER_TIME, SEEDS, conditions, kept_batches,
@@ -430,38 +428,27 @@ def recipe_table():
 
 
 # ---- command line ----
-TABLES = {"training": training_speed, "sampling": sampling_speed, "released": released_table,
-          "floors": floor_table, "guidance": guidance_table, "samplers": sampler_table,
-          "usefulness": usefulness_table, "told_apart": told_apart_table, "time": time_table,
-          "recipe": recipe_table}
-
-FLAGS = {  # of those tables whose functions have a parameter of the name
-    "checkpoint_path": ("whose digits", dict(type=Path)),
-    "batch_size": ("images in a training step", dict(type=bounded(int, 1, 2000))),
-    "n_samples": ("digits", dict(type=bounded(int, 2000, 50_000))),
-    "seeds": ("repetitions", dict(type=bounded(int, 1, 100))),
-    "steps": ("the columns", dict(type=bounded(int, 1), nargs="+")),
-}
+MEASURED_NOW = {"training": training_speed, "sampling": sampling_speed, "released": released_table,
+                "floors": floor_table, "guidance": guidance_table, "samplers": sampler_table,
+                "usefulness": usefulness_table, "told_apart": told_apart_table}
+OF_RUNS = {"time": time_table, "recipe": recipe_table}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="table", required=True, prog=parser.prog)
-    for name, table in TABLES.items():
+    for name, table in (MEASURED_NOW | OF_RUNS).items():
         flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0],
                                       usage=argparse.SUPPRESS)
-        for parameter in inspect.signature(table).parameters.values():
-            if parameter.name == "device":
-                add_device_flag(flags)
-            else:
-                text, options = FLAGS[parameter.name]
-                add_flag(flags, parameter.name, text, parameter.default, **options)
-    chosen = vars(parser.parse_args(argv))
-    table = TABLES[chosen.pop("table")]
-    if "device" in chosen:
-        chosen["device"] = train.start_processes(chosen["device"])
-        print_conditions([conditions(chosen["device"])])
-    table(**chosen)
+        if name in MEASURED_NOW:
+            add_device_flag(flags)
+    args = parser.parse_args(argv)
+    if args.table in OF_RUNS:
+        OF_RUNS[args.table]()
+    else:
+        device = train.start_processes(args.device)
+        print_conditions([conditions(device)])
+        MEASURED_NOW[args.table](device)
 
 
 if __name__ == "__main__":

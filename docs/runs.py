@@ -4,8 +4,9 @@
 
 These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
 loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
-can grow over several sittings, on several machines, and Ctrl-C loses no more than one run.
-"python docs/benchmark.py time" and "... recipe" print the means.
+can grow over several sittings, on several machines, and Ctrl-C loses no more than one run. Two
+processes can share the work if each has seeds of its own. "python docs/benchmark.py time" and
+"... recipe" print the means.
 """
 import argparse
 import csv
@@ -14,6 +15,7 @@ import datetime
 import itertools
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +42,9 @@ METRICS = "accuracy", "fid_classifier", "precision", "recall"
 
 # ---- conditions ----
 def git(*words):
+    """Return what git prints: nothing, where it is not installed or there is no repository."""
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True,
                           text=True).stdout.strip()
 
@@ -251,13 +256,13 @@ def record_runs(path, device, seeds):
     Its first row is of training images. Raises InputError for a file of another commit of src.
     """
     here = conditions(device)  # asked now, for src may be edited while it runs
+    if path.exists() and {row["commit"] for row in read_runs(path)} != {here["commit"]}:
+        raise InputError(f"{path} is not of commit {here['commit']} of src: move it away")
     wanted, score, mark = make_scorer(device, N_SAMPLES)
     images, labels = train.load_mnist("train", device=device)
     if not path.exists():
         write_csv(path, [new_row("training images") | mark | here])
-    if {row["commit"] for row in read_runs(path)} != {here["commit"]}:
-        raise InputError(f"{path} is not of commit {here['commit']} of src: move it away")
-    for seed, run in itertools.product(range(seeds), RUNS):
+    for seed, run in itertools.product(seeds, RUNS):
         if str(seed) in [row["seed"] for row in rows_of(read_runs(path), run, run.epochs[-1])]:
             continue
         rows = []
@@ -272,7 +277,7 @@ def record_runs(path, device, seeds):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_device_flag(parser)
-    add_flag(parser, "seeds", "repetitions of each run", SEEDS, type=bounded(int, 1, 100))
+    add_flag(parser, "seeds", "of each run", [*range(SEEDS)], type=bounded(int, 0), nargs="+")
     args = parser.parse_args(argv)
     prepare_folder(RUNS_FILE.parent)
     record_runs(RUNS_FILE, train.start_processes(args.device), args.seeds)

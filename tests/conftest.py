@@ -12,6 +12,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for several processes test at once; to be set before torch
 import torch
+from torchvision.datasets import MNIST
 
 import generate
 import test
@@ -58,6 +59,11 @@ def mnist():
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=6, help="in test_kills_at_any_moment")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # unpacked once, before several processes need it
+        MNIST(REPOSITORY / "mnist", download=True)
 
 
 def use_small_mnist(monkeypatch):

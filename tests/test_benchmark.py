@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 def test_benchmark_of_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "TRAINING_STEPS", 1)
-    benchmark.main(["training", "--batch_size", "8", "--device", "cpu"])
+    monkeypatch.setitem(benchmark.MEASURED_NOW, "training",
+                        functools.partial(benchmark.training_speed, batch_size=8))
+    benchmark.main(["training", "--device", "cpu"])
     printed = capsys.readouterr().out
     commit = r"Commit (\w{7,}|unknown)( \(changed\))? of src"
     assert re.match(commit + r"; \d+ threads? of a CPU", printed)
@@ -29,32 +31,35 @@ def test_benchmark_of_training(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what, rows", [
-    ("guidance", len(benchmark.GUIDANCE) + 1), ("floors", 2), ("usefulness", 2),
-    ("samplers", 3)])
+    ("sampling", 2), ("guidance", len(benchmark.GUIDANCE) + 1), ("samplers", 3), ("floors", 2),
+    ("usefulness", 2), ("told_apart", 4)])
 def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
     given = []
 
     def classifier(images, labels, seed):
-        given.append((images.shape, labels.tolist()))
+        given.append((images, labels))
         return test.load_classifier(CPU)
 
     monkeypatch.setattr(benchmark, "train_classifier", classifier)
+    monkeypatch.setattr(benchmark, "CHUNK", 2)
+    monkeypatch.setattr(benchmark, "told_apart", lambda generated, real, seed: 0.5)
     path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
     settings = dict(checkpoint_path=path, n_samples=20, seeds=1, steps=[2])
-    table = benchmark.TABLES[what]
+    table = benchmark.MEASURED_NOW[what]
     known = inspect.signature(table).parameters
     table(CPU, **{name: value for name, value in settings.items() if name in known})
-    header, _, *lines = capsys.readouterr().out.strip().partition("\n\n")[2].split("\n")
+    header, _, *lines = re.findall(r"^\|.*", capsys.readouterr().out, re.MULTILINE)
     assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
     if what == "usefulness":
-        real, made = given
-        assert real == made and real[0] == (20, 1, 28, 28)
+        (real, labels), (made, asked) = given
+        assert made.shape == real.shape == (20, 1, 28, 28) and not made.equal(real)
+        assert asked.equal(labels)
 
 
 def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
     def row(training, epochs, accuracy, **other):
         return dict(training=training, batch_size=64, epochs=epochs, seed="", seconds=60,
-                    accuracy=accuracy, fid_classifier=1, precision=0.5, recall=0.5, commit="today",
+                    accuracy=accuracy, fid_classifier=1, precision=0.5, recall=0.25, commit="today",
                     machine="B", torch="2", python="3", date="1") | other
 
     path = tmp_path / "runs.csv"
@@ -67,7 +72,7 @@ def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
         row("the recipe", 2, 0.5), row("the recipe", 2, 0.7),
         row("no average of the weights", 2, 0.3, machine="C", date="2")])
     columns = "accuracy | Frechet distance | precision | recall"
-    one, two = "1.0000 | 0.500 | 0.500", "1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.500 ± 0.000"
+    one, two = "1.0000 | 0.500 | 0.250", "1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.250 ± 0.000"
     benchmark.main(["time"])
     assert capsys.readouterr().out == f"""\
 Commit today of src; A and B; torch 2, Python 3; 1.
@@ -83,13 +88,13 @@ Commit today of src; A and B; torch 2, Python 3; 1.
     benchmark.main(["recipe"])
     assert capsys.readouterr().out == f"""\
 Commit today of src; B and C; torch 2, Python 3; 1 and 2.
-Two epochs in batches of 64; 10,000 digits of each run; docs/tables/runs.csv has all runs.
+Batches of 64; 10,000 digits of each run; docs/tables/runs.csv has all runs.
 
-|  | seeds | {columns} |
-|---|---|---|---|---|---|
-| the recipe | 2 | 60.00% ± 14.14% | {two} |
-| no average of the weights | 1 | 30.00% | {one} |
-| training images |  | 100.00% | {one} |
+|  | epochs | seeds | {columns} |
+|---|---|---|---|---|---|---|
+| the recipe | 2 | 2 | 60.00% ± 14.14% | {two} |
+| no average of the weights | 2 | 1 | 30.00% | {one} |
+| training images |  |  | 100.00% | {one} |
 """
 
 

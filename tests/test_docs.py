@@ -4,6 +4,8 @@ import re
 import pytest
 from conftest import REPOSITORY
 
+import benchmark
+
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TABLES = sorted((REPOSITORY / "docs/tables").glob("*.md"))
 
@@ -11,6 +13,12 @@ TABLES = sorted((REPOSITORY / "docs/tables").glob("*.md"))
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
 def test_measurements_quote_the_table_as_it_was_printed(table):
     assert table.read_text().strip() in (REPOSITORY / "docs/measurements.md").read_text()
+
+
+@pytest.mark.parametrize("name", list(benchmark.OF_RUNS))
+def test_tables_of_runs_are_of_all_runs_in_the_file(name, capsys):
+    benchmark.main([name])
+    assert capsys.readouterr().out == (REPOSITORY / f"docs/tables/{name}.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -137,7 +137,6 @@ def test_metrics_run_on_the_gpu(model, judge):
     assert test.Judge.closest_pairs(judge, images, made).device == CUDA
     assert test.latent_features(model, images).device == CUDA
     assert test.spread_labels(labels, 2000).device == CUDA
-    (made.distances < judge.thresholds[made.digits]) & (made.digits == labels)
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         test.share_inside(made.features, made.features)  # up to its result, a Python number
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):

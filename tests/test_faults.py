@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -331,13 +332,17 @@ def test_a_full_disk_leaves_the_old_files(stopped, small_mnist, full_disk, capsy
     assert contents(stopped) == before
 
 
-def train_a_little(root, flags):
-    """Train three epochs of four steps, in a process of its own; save after every step."""
+def train_a_little(root, flags, begins):
+    """Train three epochs of four steps, in a process of its own; save after every step.
+
+    begins: an Event that is set when all is imported.
+    """
     sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_num_threads(1)
     use_small_mnist(pytest.MonkeyPatch())
     train.SAVE_INTERVAL = 0
     settings = "--n_epochs 3 --save_every 1 --batch_size 64 --device cpu".split()
+    begins.set()
     train.main(["--root", str(root), *settings, *flags])
 
 
@@ -354,12 +359,14 @@ def check_files(root):
 
 def test_kills_at_any_moment(tmp_path, request):
     context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["torch", "torchvision"])
 
     def start(root):
         flags = ["--resume"] if (root / train.LATEST).exists() else []
-        process = context.Process(target=train_a_little, args=(root, flags))
+        begins = context.Event()
+        process = context.Process(target=train_a_little, args=(root, flags, begins))
         process.start()
+        assert begins.wait(timeout=60)
         return process
 
     def is_whole(root):
@@ -373,17 +380,24 @@ def test_kills_at_any_moment(tmp_path, request):
         log = read_csv(root / "datas/train_log.csv")
         assert [row["epoch"] for row in log] == ["1", "2", "3"]
 
-    start(tmp_path / "uninterrupted").join()
+    uninterrupted = start(tmp_path / "uninterrupted")
+    begin = time.perf_counter()
+    uninterrupted.join()
+    duration = time.perf_counter() - begin
     root = tmp_path / "0"
+    steps = []  # taken before each kill
     for number in range(request.config.getoption("--kills")):
         process = start(root)
-        process.join(rng.uniform(0.3, 3))  # seconds
+        process.join(rng.uniform(0, duration))
         process.kill()
         process.join()
         check_files(root)
+        if (root / train.LATEST).exists():
+            steps.append(saved_state(root)["step"])
         if is_whole(root):
             check_whole(root)
             root = tmp_path / str(number + 1)
+    assert any(0 < step < 12 for step in steps)  # else no kill has come in the middle
     if not is_whole(root):
         start(root).join()
     check_whole(root)

@@ -252,11 +252,6 @@ def test_gif_goes_from_noise_to_the_grid(make):
     assert abs(last - read(make("digits.png"))).mean() < 20  # 16 colours
 
 
-def test_an_unknown_form_is_refused(make):
-    with pytest.raises(InputError, match="--out"):
-        make("digits.jpg")
-
-
 # ---- from Python ----
 def test_generate_samples_as_promised(small_model, tmp_path):
     images = generate.generate_samples(small_model, epoch=7, save_dir=str(tmp_path))
