@@ -346,6 +346,18 @@ def train_a_little(root, flags, begins):
     train.main(["--root", str(root), *settings, *flags])
 
 
+def start_training(root):
+    """Start or resume train_a_little in a process; return that once all is imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision"])
+    flags = ["--resume"] if (root / train.LATEST).exists() else []
+    begins = context.Event()
+    process = context.Process(target=train_a_little, args=(root, flags, begins))
+    process.start()
+    assert begins.wait(timeout=60)
+    return process
+
+
 def check_files(root):
     """Read every file that a run has written so far."""
     for path in epoch_checkpoints(root).values():
@@ -358,16 +370,7 @@ def check_files(root):
 
 
 def test_kills_at_any_moment(tmp_path, request):
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["torch", "torchvision"])
-
-    def start(root):
-        flags = ["--resume"] if (root / train.LATEST).exists() else []
-        begins = context.Event()
-        process = context.Process(target=train_a_little, args=(root, flags, begins))
-        process.start()
-        assert begins.wait(timeout=60)
-        return process
+    rng = random.Random(0)
 
     def is_whole(root):
         return (root / train.LATEST).exists() and saved_state(root)["step"] == 12
@@ -380,14 +383,14 @@ def test_kills_at_any_moment(tmp_path, request):
         log = read_csv(root / "datas/train_log.csv")
         assert [row["epoch"] for row in log] == ["1", "2", "3"]
 
-    uninterrupted = start(tmp_path / "uninterrupted")
+    uninterrupted = start_training(tmp_path / "uninterrupted")
     begin = time.perf_counter()
     uninterrupted.join()
     duration = time.perf_counter() - begin
     root = tmp_path / "0"
     steps = []  # taken before each kill
     for number in range(request.config.getoption("--kills")):
-        process = start(root)
+        process = start_training(root)
         process.join(rng.uniform(0, duration))
         process.kill()
         process.join()
@@ -399,5 +402,5 @@ def test_kills_at_any_moment(tmp_path, request):
             root = tmp_path / str(number + 1)
     assert any(0 < step < 12 for step in steps)  # else no kill has come in the middle
     if not is_whole(root):
-        start(root).join()
+        start_training(root).join()
     check_whole(root)
