@@ -36,8 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, replacing, run_script)
+from generate import spread_labels
+from train import load_mnist
 
 TRAINING_IMAGES = 60_000
+N_SAMPLES = 2000  # the fewest digits that src/test.py scores
 CHUNK = 100  # digits that are sampled together
 
 
@@ -73,16 +76,18 @@ def conditional_diffusion_mnist(folder, total_steps, device):
 
     forward = network.forward
 
-    def labelled_half(*inputs):
-        return forward(*(values[:len(values) // 2] for values in inputs)).repeat(2, 1, 1, 1)
-
     def sample(labels):
         ddpm.eval()
-        # The sampler also asks for predictions without labels, and multiplies them by guide_w.
+
+        # The sampler asks for digits from 0 to 9 in turn, first with labels and then without, and
+        # multiplies what it gets without by guide_w. So half of the work would be for nothing.
+        def labelled_half(x_t, _, t, mask):
+            half = len(labels)
+            return forward(x_t[:half], labels, t[:half], mask[:half]).repeat(2, 1, 1, 1)
+
         network.forward = labelled_half
-        # It makes the labels itself: 0 to 9, ten times.
-        digits, _ = ddpm.sample(CHUNK, (1, 28, 28), device, guide_w=0.0)
-        return digits[:len(labels)]
+        digits, _ = ddpm.sample(len(labels), (1, 28, 28), device, guide_w=0.0)
+        return digits
     return step, sample
 
 
@@ -211,7 +216,7 @@ def fitting_steps(peer, folder, seconds, device, trial=10):
     return max(1, round(seconds / (time.perf_counter() - start) * trial))
 
 
-def train_and_sample(peer, folder, seconds, n_samples, device):
+def train_and_sample(peer, folder, seconds, device):
     """Return digits (N, 1, 28, 28) in [0, 1] and their labels (N,); print what was done."""
     total_steps = fitting_steps(peer, folder, seconds, device)
     torch.manual_seed(0)
@@ -226,10 +231,10 @@ def train_and_sample(peer, folder, seconds, n_samples, device):
           f"{total_steps * peer.batch_size / TRAINING_IMAGES:.1f} epochs in "
           f"{time.perf_counter() - start:.0f} s", flush=True)
     start = time.perf_counter()
-    labels = torch.arange(n_samples, device=device) % 10
+    labels = spread_labels(load_mnist("test", device=device)[1], N_SAMPLES)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         digits = torch.cat([sample(chunk).float().cpu() for chunk in labels.split(CHUNK)])
-    print(f"{n_samples:,} digits in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{N_SAMPLES:,} digits in {time.perf_counter() - start:.0f} s", flush=True)
     return digits.clamp(0, 1), labels.cpu()
 
 
@@ -239,8 +244,6 @@ def main(argv=None):
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("folder", type=Path, help="its clone")
     add_flag(parser, "seconds", "of training", 600, type=bounded(float, 0.001))
-    # Of 2,300, 230 of each kind, 2,000 can be taken in the test set's proportions.
-    add_flag(parser, "n_samples", "digits to sample", 2300, type=bounded(int, 1))
     add_flag(parser, "out", "an .npz file; a picture of a hundred digits goes beside it",
              Path("digits.npz"), type=Path)
     add_device_flag(parser)
@@ -251,12 +254,13 @@ def main(argv=None):
         raise InputError(f"{args.folder} does not exist: clone {args.peer} there")
     prepare_folder(args.out.parent)
     peer = PEERS[args.peer]
-    digits, labels = train_and_sample(peer, args.folder.resolve(), args.seconds, args.n_samples,
+    digits, labels = train_and_sample(peer, args.folder.resolve(), args.seconds,
                                       torch.device(args.device))
     known = [labels.numpy()] if peer.has_labels else []
     with replacing(args.out) as file:
         np.savez_compressed(file, (digits[:, 0] * 255).round().byte().numpy(), *known)
-    save_image(make_grid(digits[:100], 10, padding=1), args.out.with_suffix(".png"))
+    hundred = digits[torch.arange(100) * N_SAMPLES // 100]
+    save_image(make_grid(hundred, 10, padding=1), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
