@@ -125,10 +125,13 @@ def adam_alone(state):
 
 
 class Variant(NamedTuple):
-    """What differs from the recipe: settings, what is done to the State, rates that do not fall."""
+    """What differs from the recipe: settings, what is done to the State, how soon the rates fall.
+
+    They reach 0 after as many steps as the run has, times horizon.
+    """
     settings: dict
     change: Callable | None = None
-    rates_fall: bool = True
+    horizon: float = 1
 
 
 RECIPES = {
@@ -145,7 +148,9 @@ RECIPES = {
     "Adam at 0.002 for all": Variant(dict(adam_rate=0.002), adam_alone),
     "Adam at 0.005 for all": Variant(dict(adam_rate=0.005), adam_alone),
     "no average of the weights": Variant(dict(ema_decay=0.0)),
-    "rates that do not fall": Variant({}, rates_fall=False),
+    "rates that do not fall": Variant({}, horizon=math.inf),
+    "the first half of a run": Variant({}, horizon=2),
+    "the first half of a run, no average of the weights": Variant(dict(ema_decay=0.0), horizon=2),
     "a tenth of the labels hidden": Variant(dict(label_dropout=0.1)),
 }
 
@@ -156,11 +161,10 @@ def train_variant(name, settings, images, labels):
     state = train.State(dataclasses.replace(settings, **variant.settings), images.device)
     if variant.change:
         variant.change(state)
-    steps = settings.n_epochs * (len(images) // settings.batch_size)
-    horizon = steps if variant.rates_fall else math.inf
+    steps = settings.n_epochs * (len(images) // settings.batch_size) * variant.horizon
     for epoch in range(settings.n_epochs):
         for batch in train.epoch_batches(settings, epoch, len(images), images.device):
-            train.take_step(state, images[batch], labels[batch], horizon)
+            train.take_step(state, images[batch], labels[batch], steps)
         yield state.average
 
 
