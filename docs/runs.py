@@ -161,10 +161,10 @@ def train_variant(name, settings, images, labels):
     state = train.State(dataclasses.replace(settings, **variant.settings), images.device)
     if variant.change:
         variant.change(state)
-    steps = settings.n_epochs * (len(images) // settings.batch_size) * variant.horizon
+    total_steps = settings.n_epochs * (len(images) // settings.batch_size) * variant.horizon
     for epoch in range(settings.n_epochs):
         for batch in train.epoch_batches(settings, epoch, len(images), images.device):
-            train.take_step(state, images[batch], labels[batch], steps)
+            train.take_step(state, images[batch], labels[batch], total_steps)
         yield state.average
 
 
