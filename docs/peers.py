@@ -29,14 +29,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from benchmark import print_conditions
 from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, replacing, run_script)
-from generate import spread_labels
+from generate import draw_grid, spread_labels
+from runs import conditions
 from train import load_mnist
 
 TRAINING_IMAGES = 60_000
@@ -217,7 +218,7 @@ def fitting_steps(peer, folder, seconds, device, trial=10):
 
 
 def train_and_sample(peer, folder, seconds, device):
-    """Return digits (N, 1, 28, 28) in [0, 1] and their labels (N,); print what was done."""
+    """Return digits (N, 1, 28, 28) uint8 and their labels (N,); print what was done."""
     total_steps = fitting_steps(peer, folder, seconds, device)
     torch.manual_seed(0)
     step, sample = peer.build(folder, total_steps, device)
@@ -235,7 +236,7 @@ def train_and_sample(peer, folder, seconds, device):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         digits = torch.cat([sample(chunk).float().cpu() for chunk in labels.split(CHUNK)])
     print(f"{N_SAMPLES:,} digits in {time.perf_counter() - start:.0f} s", flush=True)
-    return digits.clamp(0, 1), labels.cpu()
+    return (digits.clamp(0, 1) * 255).round().byte(), labels.cpu()
 
 
 # ---- command line ----
@@ -253,14 +254,15 @@ def main(argv=None):
     if not args.folder.is_dir():
         raise InputError(f"{args.folder} does not exist: clone {args.peer} there")
     prepare_folder(args.out.parent)
-    peer = PEERS[args.peer]
-    digits, labels = train_and_sample(peer, args.folder.resolve(), args.seconds,
-                                      torch.device(args.device))
+    peer, device = PEERS[args.peer], torch.device(args.device)
+    print_conditions([conditions(device)])
+    digits, labels = train_and_sample(peer, args.folder.resolve(), args.seconds, device)
     known = [labels.numpy()] if peer.has_labels else []
     with replacing(args.out) as file:
-        np.savez_compressed(file, (digits[:, 0] * 255).round().byte().numpy(), *known)
+        np.savez_compressed(file, digits[:, 0].numpy(), *known)
     hundred = digits[torch.arange(100) * N_SAMPLES // 100]
-    save_image(make_grid(hundred, 10, padding=1), args.out.with_suffix(".png"))
+    with replacing(args.out.with_suffix(".png")) as file:
+        draw_grid(hundred, 10).save(file, format="png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ processes can share the work if each has seeds of its own. "python docs/benchmar
 "... recipe" print the means.
 """
 import argparse
+import copy
 import csv
 import dataclasses
 import datetime
@@ -69,6 +70,9 @@ def conditions(device):
 
 
 # ---- the loop that tutorials show ----
+AVERAGED_TEXTBOOK = "textbook, with an average of the weights"
+
+
 def kept_batches(images, labels, batch_size):
     """Yield batches of images in [0, 1] and labels without end. No step waits for their loading."""
     while True:
@@ -98,8 +102,25 @@ def textbook_training(model, optimizer, batches, steps, device, bf16):
         loss.item()  # tutorials show it, so a GPU is waited for at every step
 
 
-def train_textbook(settings, images, labels):
-    """Yield the network after each epoch of the textbook loop, which takes no average.
+def keep_average(model, optimizer, most):
+    """Return a copy of the model that becomes the average of its weights, as train.py takes it.
+
+    The optimizer's steps move it; most: its decay at most.
+    """
+    average = copy.deepcopy(model).requires_grad_(False)
+    taken = itertools.count()
+
+    @torch.no_grad()
+    def follow(*_):
+        n = next(taken)
+        train.update_average(average, model, torch.tensor(min(most, (1 + n) / (10 + n))))
+
+    optimizer.register_step_post_hook(follow)
+    return average
+
+
+def train_textbook(settings, images, labels, averaged=False):
+    """Yield the network after each epoch of the textbook loop, or the average of its weights.
 
     Images are kept on the device, and the network is laid out as ours is. So the time that it takes
     differs from ours by nothing but the steps.
@@ -108,11 +129,12 @@ def train_textbook(settings, images, labels):
     torch.manual_seed(settings.seed)
     model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    judged = keep_average(model, optimizer, settings.ema_decay) if averaged else model
     batches = kept_batches(images, labels, settings.batch_size)
     steps = len(images) // settings.batch_size
     for _ in range(settings.n_epochs):
         textbook_training(model, optimizer, batches, steps, device, has_bf16(device))
-        yield model
+        yield judged
 
 
 # ---- the recipe, and what is left when a choice is taken back ----
@@ -184,14 +206,14 @@ class Run(NamedTuple):
 # The textbook loop's rate is constant, so one run passes through all its rows. The recipe's rates
 # fall over a run, so that each row is a run of its own. The longest is in batches of 128, in which
 # the released weights were trained.
-OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run("the recipe", 64, (1,)),
-             Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
+OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run(AVERAGED_TEXTBOOK, 64, (2, 4, 8, 16)),
+             Run("the recipe", 64, (1,)), Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
              Run("the recipe", 128, (16,))]
 OF_CHOICES = [Run(name, 64, (2,)) for name in RECIPES]
 # What two epochs do not tell from chance, one epoch may: it leaves a run more to gain.
 OF_CHOICES += [Run(name, 64, (1,)) for name in (
-    "the recipe", "what is darker than black is an error, too", "all t as heavy",
-    "gradients of any length")]
+    "the recipe", "what is darker than black is an error, too", "no guidance in training",
+    "all t as heavy", "gradients of any length")]
 RUNS = list(dict.fromkeys(OVER_TIME + OF_CHOICES))  # some of the recipe's runs are in both
 
 
@@ -220,8 +242,8 @@ def networks(run, seed, images, labels):
     seconds: of training so far, its start-up included.
     """
     settings = train.Settings(n_epochs=run.epochs[-1], batch_size=run.batch_size, seed=seed)
-    if run.name == "textbook":
-        epochs = train_textbook(settings, images, labels)
+    if run.name in ("textbook", AVERAGED_TEXTBOOK):
+        epochs = train_textbook(settings, images, labels, run.name == AVERAGED_TEXTBOOK)
     else:
         epochs = train_variant(run.name, settings, images, labels)
     seconds, start = 0.0, time.perf_counter()

@@ -24,6 +24,30 @@ def test_the_textbook_loop_learns(mnist):
     assert errors[20] < 0.7 * errors[1]
 
 
+def test_an_average_follows_the_optimizer():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    model = torch.nn.ParameterList([weight])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    average = runs.keep_average(model, optimizer, most=0.5)
+    expected = 0
+    for n, decay in enumerate([0.1, 2 / 11, 0.25, 4 / 13, 5 / 14, 0.4, 7 / 16, 8 / 17, 0.5, 0.5]):
+        weight.grad = torch.tensor(-1.0)
+        optimizer.step()
+        assert weight == n + 1
+        expected = decay * expected + (1 - decay) * (n + 1)
+        torch.testing.assert_close(average[0].item(), expected)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.9])
+def test_the_averaged_textbook_loop_is_the_same_loop(most, mnist):
+    few = [values[:64] for values in mnist["train"]]
+    settings = train.Settings(n_epochs=2, batch_size=32, ema_decay=most)
+    *_, last = runs.train_textbook(settings, *few)
+    *_, averaged = runs.train_textbook(settings, *few, averaged=True)
+    pairs = zip(last.parameters(), averaged.parameters(), strict=True)
+    assert all(p.equal(q) for p, q in pairs) == (most == 0)
+
+
 @pytest.fixture(scope="module")
 def variant(mnist):
     """A function that returns the network after two epochs of few images by a variant."""
