@@ -51,9 +51,13 @@ def git(*words):
 
 
 def commit_of_src():
-    """Return the last commit that touched src, and whether src has been changed since."""
+    """Return the last commit that touched src, and whether src has been changed since.
+
+    Commits whose message says "No figure changes" are passed over: they mend comments or messages.
+    """
     changed = " (changed)" if git("status", "--porcelain", "--", "src") else ""
-    return (git("log", "-1", "--format=%h", "--", "src") or "unknown") + changed
+    last = git("log", "-1", "--format=%h", "--invert-grep", "--grep=No figure changes", "--", "src")
+    return (last or "unknown") + changed
 
 
 def conditions(device):

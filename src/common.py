@@ -219,4 +219,5 @@ def refuse_contradictions(args, config, path):
     for name, value in config.items():
         given = getattr(args, name, None)
         if given not in (None, value):
-            raise InputError(f"--{name} {given} contradicts {path}, whose {name} is {value}")
+            raise InputError(f"--{name} {given} contradicts {path}, which was made with --{name} "
+                             f"{value}")

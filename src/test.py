@@ -8,6 +8,7 @@ This is a script, not a unit test. The classifier comes first, then features, me
 """
 import itertools
 import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -387,6 +388,7 @@ def load_digits(path):
     """
     with blaming(path, "it must be an .npz file with arr_0, images (N, H, H) or (N, H, H, C) of "
                  "uint8, and maybe arr_1, their labels (N,) from 0 to 9"):
+        zipfile.ZipFile(path).close()  # what is no archive, np.load would take for a pickle
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         images, labels = arrays["arr_0"], arrays.get("arr_1")
@@ -397,10 +399,11 @@ def load_digits(path):
         n, height, width, channels = images.shape
         if height != width or channels not in (1, 3) or height not in range(4, 257):
             raise ValueError(f"arr_0 has the shape {arrays['arr_0'].shape}")
-        if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
-                                   or labels.min() < 0 or labels.max() > 9):
-            raise ValueError(f"arr_1 is of {labels.dtype}, shape {labels.shape}, or not from 0 "
-                             "to 9")
+        if labels is not None:
+            if labels.shape != (n,) or labels.dtype.kind not in "iu":
+                raise ValueError(f"arr_1 is of {labels.dtype} and has the shape {labels.shape}")
+            if labels.min() < 0 or labels.max() > 9:
+                raise ValueError(f"arr_1 goes from {labels.min()} to {labels.max()}")
     if not 2000 <= n <= MOST:
         raise InputError(f"{path} holds {n:,} digits: from 2,000 to {MOST:,} can be compared")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -464,7 +467,7 @@ def evaluation_parser():
     add_checkpoint_flags(parser)
     add_flag(parser, "every", "take every n-th checkpoint, back from the last", 1,
              type=bounded(int, 1))
-    add_flag(parser, "batch_size", "test images in a batch of the MSE's", 256,
+    add_flag(parser, "batch_size", "test images in a batch, for the MSE", 256,
              type=bounded(int, 1))
     add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
     add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)

@@ -50,8 +50,8 @@ class Settings:
     seed: int = 0
 
     # How the noise levels are drawn: logit(t / T) is normal, so that half of all t / T lie from
-    # 0.19 to 0.47. There a digit takes its shape; at larger t all is noise, at smaller t all is
-    # decided.
+    # 0.19 to 0.47. There a digit takes its shape; at much larger t little can be seen but noise, at
+    # much smaller t the digit can be seen already.
     t_mean: float = -0.8
     t_std: float = 1.0
 
@@ -268,14 +268,19 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
     An error of x_0 comes from one of eps that is alpha_t / sigma_t times as large. So with weights
-    of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), but for one thing: most pixels are
-    black, and sampling clips images. Where the target is black, a prediction darker than black is
-    no error, and likewise for white: the network need not hit the edge, only pass it.
+    of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), the squared error of the noise. It
+    differs in three things.
+
+    Large t weigh more: see Settings.loss_power.
+
+    Most pixels are black, and sampling clips images. So where the target is black, a prediction
+    darker than black is no error, and likewise for white: the network need not hit the edge, only
+    pass it.
 
     For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the image but
     x_0 + w (x_label - x_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that would
     make digits alike (Kynkaanniemi et al. 2024). As draw_t lets t rise along the batch, these are
-    the images of its second quarter.
+    the images of its second quarter, if t is drawn as Settings has it.
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
@@ -435,7 +440,7 @@ def set_rates(state, total_steps):
     state.muon.rate.fill_(factor * settings.muon_rate)
     state.adam.param_groups[0]["lr"].fill_(factor * settings.adam_rate)
     # The average reaches back over some tenth of the steps taken, so that it soon forgets how the
-    # run began.
+    # run began; in a long run, over the last 1 / (1 - ema_decay) steps.
     state.average_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
 
 
@@ -612,8 +617,8 @@ def start_state(args, device):
     refuse_contradictions(args, kept, args.root / LATEST)
     state.settings = dataclasses.replace(state.settings, **given)
     if len(state.log) >= state.settings.n_epochs:
-        raise InputError(f"{args.root / LATEST} has had its {len(state.log)} epochs: ask for more "
-                         "by --n_epochs")
+        raise InputError(f"{args.root / LATEST} is of a run that ended with epoch "
+                         f"{len(state.log)}: ask for more epochs by --n_epochs")
     return state
 
 
