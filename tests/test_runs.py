@@ -1,5 +1,7 @@
 """docs/runs.py: short runs, and what is written of them."""
 import functools
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,31 @@ import train
 from common import InputError
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_the_last_that_changed_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "someone")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "someone@example.org")
+    (tmp_path / "src").mkdir()
+
+    def commit(path, message):
+        (tmp_path / path).write_text(message)
+        runs.git("add", path)
+        runs.git("commit", "--message", message)
+        return runs.git("log", "-1", "--format=%h")
+
+    assert runs.commit_of_src() == "unknown"
+    runs.git("init")
+    last = commit("src/train.py", "Train better")
+    commit("src/train.py", "Mend a comment\n\nNo figure changes.")
+    commit("README.md", "Say it better")
+    assert runs.commit_of_src() == last
+    (tmp_path / "src/train.py").write_text("something else")
+    assert runs.commit_of_src() == f"{last} (changed)"
 
 
 def test_the_textbook_loop_learns(mnist):
