@@ -42,8 +42,8 @@ from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, l
                       noise_levels, sample, to_pixels)
 from runs import (METRICS, N_SAMPLES, OF_CHOICES, OVER_TIME, SEEDS, conditions, kept_batches,
                   make_scorer, read_runs, rows_of, textbook_training, train_variant)
-from test import (classify, distort, frechet_distance, latent_features, load_classifier,
-                  mnist_pixels, pick_images, spread_labels, train_classifier)
+from test import (classify, distort, frechet_distance, judging, latent_features,
+                  load_classifier, mnist_pixels, pick_images, spread_labels, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
@@ -60,7 +60,7 @@ def print_header(*names):
 
 
 def print_conditions(rows):
-    """Print a line that says of what code, where and when are rows that have these conditions."""
+    """Print by which code, where and when rows that have these conditions were measured."""
     commit, machine, torch_version, python, date = (
         " and ".join(sorted({row[name] for row in rows}))
         for name in ("commit", "machine", "torch", "python", "date"))
@@ -243,23 +243,24 @@ def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEE
     print("```", *table, "```", sep="\n")
 
 
-@torch.inference_mode()
+@judging()
 def floor_table(device, checkpoint_path=RELEASED):
     """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
     model, _ = load_checkpoint(checkpoint_path, device)
     classifier = load_classifier(device)
     form = model.config["image_size"], model.config["channels"], device
     test_images, test_labels = train.load_mnist("test", *form)
-    train_images = pick_images(*train.load_mnist("train", *form), test_labels[1::2])
+    order = test_labels.argsort(stable=True)  # so that both halves have as many of each digit
+    half, other_half = order[1::2], order[::2]
+    train_images = pick_images(*train.load_mnist("train", *form), test_labels[half])
 
     def features(images):
         return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
 
-    judged = features(test_images[1::2])
-    print("Frechet distances to every second test image. The training images are in the same "
-          "proportions.\n")
+    judged = features(test_images[half])
+    print("Frechet distances to half of the test images. All three are in the same proportions.\n")
     print_header("", "fid_latent", "fid_classifier")
-    for name, images in (("the other 5,000 test images", test_images[::2]),
+    for name, images in (("the other 5,000 test images", test_images[other_half]),
                          ("5,000 training images", train_images)):
         print_row(name, *(f"{frechet_distance(*pair):.4f}"
                           for pair in zip(features(images), judged, strict=True)))
@@ -305,10 +306,10 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEED
 
 
 def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=SEEDS):
-    """Print how many real test digits classifiers read that were trained on generated digits alone.
+    """Print how many test digits classifiers read that were trained on generated digits alone.
 
-    And on as many real ones, with the same labels: the classification accuracy score (Ravuri,
-    Vinyals 2019).
+    Others are trained on as many real digits with the same labels. This is the classification
+    accuracy score (Ravuri, Vinyals 2019).
     """
     model, _ = load_checkpoint(checkpoint_path, device)
     images, labels = train.load_mnist("train", device=device)
@@ -317,7 +318,8 @@ def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=S
 
     def score(images, seed):
         classifier = train_classifier(images, labels, seed)
-        _, read = classify(classifier, mnist_pixels(test_images))
+        with judging():
+            _, read = classify(classifier, mnist_pixels(test_images))
         return (read == test_labels).double().mean().item()
 
     print(f"Classifiers trained on {len(images):,} digits, {seeds} seeds.\n")
@@ -340,7 +342,8 @@ def told_apart(generated, real, seed):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     seen, unseen = order.to(images.device).tensor_split([len(images) * 4 // 5])
     network = train_classifier(images[seen], is_real[seen].long(), seed, epochs=5, exact=True)
-    _, answers = classify(network, mnist_pixels(images[unseen]))
+    with judging():
+        _, answers = classify(network, mnist_pixels(images[unseen]))
     return (answers == is_real[unseen]).double().mean().item()
 
 

@@ -20,7 +20,7 @@ import train
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels)
-from runs import AVERAGED_TEXTBOOK, OVER_TIME, read_runs, rows_of
+from runs import LOOPS, OVER_TIME, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
@@ -122,8 +122,8 @@ def quality_over_time():
     machine = statistics.mode(row["machine"] for row in rows)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name, color in (("textbook", "tab:gray"), (AVERAGED_TEXTBOOK, "tab:orange"),
-                        ("the recipe", "tab:blue")):
+    colors = "tab:gray", "tab:orange", "tab:green", "tab:blue"
+    for name, color in zip([*LOOPS, "the recipe"], colors, strict=True):
         judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
                   for epoch in run.epochs]
         minutes, distances = [], []

@@ -36,13 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from benchmark import print_conditions
 from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, replacing, run_script)
-from generate import draw_grid, spread_labels
+from generate import CHUNK, draw_grid, spread_labels
 from runs import conditions
 from train import load_mnist
 
 TRAINING_IMAGES = 60_000
 N_SAMPLES = 2000  # the fewest digits that src/test.py scores
-CHUNK = 100  # digits that are sampled together
 
 
 def load(path):

@@ -33,7 +33,7 @@ import train
 from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, run_script, write_csv)
 from generate import sample
-from test import make_judge, pick_images, spread_labels
+from test import judging, make_judge, pick_images, spread_labels
 
 RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
 N_SAMPLES = 10_000
@@ -53,7 +53,7 @@ def git(*words):
 def commit_of_src():
     """Return the last commit that touched src, and whether src has been changed since.
 
-    Commits whose message says "No figure changes" are passed over: they mend comments or messages.
+    Commits whose message says "No figure changes" are passed over: what src computes is the same.
     """
     changed = " (changed)" if git("status", "--porcelain", "--", "src") else ""
     last = git("log", "-1", "--format=%h", "--invert-grep", "--grep=No figure changes", "--", "src")
@@ -61,7 +61,7 @@ def commit_of_src():
 
 
 def conditions(device):
-    """Return of what code, where and when a figure is, as a dict of texts."""
+    """Return by which code, where and when this process measures, as a dict of texts."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -74,7 +74,29 @@ def conditions(device):
 
 
 # ---- the loop that tutorials show ----
-AVERAGED_TEXTBOOK = "textbook, with an average of the weights"
+class Loop(NamedTuple):
+    """What differs between the loops that tutorials show."""
+    averaged: bool  # an average of the weights is judged
+    cosine: bool  # the noise is that of the cosine schedule, not of the linear one
+    hidden: float  # the share of labels that are hidden, as is usual for guidance
+
+
+TEXTBOOK = Loop(averaged=False, cosine=False, hidden=0.1)
+LOOPS = {"textbook": TEXTBOOK,
+         "textbook, averaged": TEXTBOOK._replace(averaged=True),
+         "textbook, averaged, cosine schedule, no label hidden": Loop(True, True, 0.0)}
+
+
+def cosine_t():
+    """Return t (1000,): our steps whose noise is nearest to that of the cosine schedule's steps.
+
+    That is, nearest in the logarithm of signal to noise (Nichol, Dhariwal 2021, eq. 17). If each of
+    these t is drawn equally often, the network learns from the noise of the cosine schedule, and
+    our samplers can use it.
+    """
+    f = (((torch.arange(1001) / 1000 + 0.008) / 1.008) * math.pi / 2).cos().square().double()
+    distances = (f[1:] / f[0]).logit()[:, None] - train.cumulative_alphas(1000).logit()
+    return distances.abs().argmin(dim=1)
 
 
 def kept_batches(images, labels, batch_size):
@@ -85,17 +107,19 @@ def kept_batches(images, labels, batch_size):
             yield images[batch] / 255, labels[batch]
 
 
-def textbook_training(model, optimizer, batches, steps, device, bf16):
+def textbook_training(model, optimizer, batches, steps, device, bf16, loop=TEXTBOOK):
     """Take steps in the loop that tutorials show, in bfloat16 or float32: DDPM's loss, t uniform.
 
-    batches: an endless generator of (images, labels). One label in ten is hidden, as is usual for
-    guidance.
+    batches: an endless generator of (images, labels).
     """
     alphas_cumprod = train.cumulative_alphas(1000).to(device)
+    all_t = (cosine_t() if loop.cosine else torch.arange(1000)).to(device)
     for images, labels in itertools.islice(batches, steps):
         x_0, labels = images.to(device) * 2 - 1, labels.to(device)
-        labels = labels.masked_fill(torch.rand(len(labels), device=device) < 0.1, train.NULL_LABEL)
-        noise, t = torch.randn_like(x_0), torch.randint(1000, labels.shape, device=device)
+        hidden = torch.rand(len(labels), device=device) < loop.hidden
+        labels = labels.masked_fill(hidden, train.NULL_LABEL)
+        noise = torch.randn_like(x_0)
+        t = all_t[torch.randint(1000, labels.shape, device=device)]
         alpha_t, sigma_t = train.signal_and_noise(t, alphas_cumprod)
         x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -123,8 +147,8 @@ def keep_average(model, optimizer, most):
     return average
 
 
-def train_textbook(settings, images, labels, averaged=False):
-    """Yield the network after each epoch of the textbook loop, or the average of its weights.
+def train_textbook(settings, images, labels, loop=TEXTBOOK):
+    """Yield the network after each epoch of a textbook loop, or the average of its weights.
 
     Images are kept on the device, and the network is laid out as ours is. So the time that it takes
     differs from ours by nothing but the steps.
@@ -133,11 +157,11 @@ def train_textbook(settings, images, labels, averaged=False):
     torch.manual_seed(settings.seed)
     model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    judged = keep_average(model, optimizer, settings.ema_decay) if averaged else model
+    judged = keep_average(model, optimizer, settings.ema_decay) if loop.averaged else model
     batches = kept_batches(images, labels, settings.batch_size)
     steps = len(images) // settings.batch_size
     for _ in range(settings.n_epochs):
-        textbook_training(model, optimizer, batches, steps, device, has_bf16(device))
+        textbook_training(model, optimizer, batches, steps, device, has_bf16(device), loop)
         yield judged
 
 
@@ -210,9 +234,9 @@ class Run(NamedTuple):
 # The textbook loop's rate is constant, so one run passes through all its rows. The recipe's rates
 # fall over a run, so that each row is a run of its own. The longest is in batches of 128, in which
 # the released weights were trained.
-OVER_TIME = [Run("textbook", 64, (2, 4, 8, 16)), Run(AVERAGED_TEXTBOOK, 64, (2, 4, 8, 16)),
-             Run("the recipe", 64, (1,)), Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
-             Run("the recipe", 128, (16,))]
+OVER_TIME = [Run(name, 64, (2, 4, 8, 16)) for name in LOOPS]
+OVER_TIME += [Run("the recipe", 64, (1,)), Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
+              Run("the recipe", 128, (16,))]
 OF_CHOICES = [Run(name, 64, (2,)) for name in RECIPES]
 # What two epochs do not tell from chance, one epoch may: it leaves a run more to gain.
 OF_CHOICES += [Run(name, 64, (1,)) for name in (
@@ -221,19 +245,16 @@ OF_CHOICES += [Run(name, 64, (1,)) for name in (
 RUNS = list(dict.fromkeys(OVER_TIME + OF_CHOICES))  # some of the recipe's runs are in both
 
 
-@torch.inference_mode()
+@judging()
 def make_scorer(device, n_samples):
     """Return (labels (N,), score, mark): score(digits) returns the metrics of digits for them.
 
     mark: the metrics of as many training images.
     """
-    # without TF32, as in src/test.py, so that machines agree
-    exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    judge = exactly(make_judge)(28, 1, device)
+    judge = make_judge(28, 1, device)
     labels = spread_labels(judge.test_labels, n_samples)
 
-    @exactly
-    @torch.inference_mode()
+    @judging()
     def score(digits):
         scores = judge.scores(judge.describe(digits.to(device)), labels)
         return {metric: scores[metric] for metric in METRICS}
@@ -246,8 +267,8 @@ def networks(run, seed, images, labels):
     seconds: of training so far, its start-up included.
     """
     settings = train.Settings(n_epochs=run.epochs[-1], batch_size=run.batch_size, seed=seed)
-    if run.name in ("textbook", AVERAGED_TEXTBOOK):
-        epochs = train_textbook(settings, images, labels, run.name == AVERAGED_TEXTBOOK)
+    if run.name in LOOPS:
+        epochs = train_textbook(settings, images, labels, LOOPS[run.name])
     else:
         epochs = train_variant(run.name, settings, images, labels)
     seconds, start = 0.0, time.perf_counter()
@@ -261,7 +282,7 @@ def networks(run, seed, images, labels):
 
 
 def read_runs(path=RUNS_FILE):
-    """Return the file's rows: dicts of texts, but for the metrics. Raises InputError without it."""
+    """Return the file's rows, dicts: metrics are floats, the rest texts. Without it: InputError."""
     if not path.exists():
         raise InputError(f"{path} does not exist: python docs/runs.py")
     with open(path) as file:

@@ -43,8 +43,8 @@ def run_script(main):
 def blaming(path, advice):
     """Turn any error in the block into an InputError that names the path and what to do.
 
-    A damaged or foreign file can raise nearly anything. So only what depends on the file belongs in
-    the block; that memory is short is never the file's fault.
+    A damaged or foreign file can raise nearly anything. So all but a lack of memory is taken for
+    the file's fault, and only what depends on the file belongs in the block.
     """
     try:
         yield

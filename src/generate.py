@@ -144,10 +144,10 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The frames show x_t after n_frames steps, evenly spread, or after all if there are fewer; the
-    last is the clean image. steps and eta are by default the sampler's. On one machine image i
-    depends on i, the seed, labels[i] and these settings alone: every chunk of digits has random
-    numbers of its own, and the last one is filled up to the full size. Raises InputError as
-    check_request does.
+    last is the clean image. steps and eta, which is from 0 to 1, are by default the sampler's. On
+    one machine image i depends on i, the seed, labels[i] and these settings alone: every chunk of
+    digits has random numbers of its own, and the last one is filled up to the full size. Raises
+    InputError as check_request does.
     """
     check_request(model, labels, sampler, steps)
     device, config = next(model.parameters()).device, model.config
@@ -194,7 +194,7 @@ def grid_path(folder, epoch):
 
 
 def count_columns(n_samples, labels):
-    """Return the grid's columns: one for each label given, or as many as rows."""
+    """Return the grid's columns: one for each of several labels, or those of a square for all."""
     if labels is None or len(labels) < 2:
         return math.ceil(math.sqrt(n_samples))
     return len(labels)
@@ -297,14 +297,16 @@ def generation_parser():
                        "MNIST's test set, as src/test.py generates them")
     add_flag(parser, "sampler", "dpm is the fast one, ddpm the original", DEFAULT_SAMPLER,
              choices=SAMPLERS)
-    add_flag(parser, "steps", f"network evaluations for a digit (default: {steps})",
+    add_flag(parser, "steps", f"steps from noise to a digit (default: {steps})",
              type=bounded(int, 1))
-    add_flag(parser, "eta", f"share of fresh noise (default: {etas})", type=bounded(float, 0, 1))
+    add_flag(parser, "eta", f"fresh noise, as a share of DDPM's (default: {etas})",
+             type=bounded(float, 0, 1))
     add_flag(parser, "guidance", "pull towards the label; 1: as trained", 1,
              type=bounded(float, 0, 100))
-    add_flag(parser, "seed", "of all random numbers", 0, type=bounded(int, 0))
-    add_flag(parser, "out", "where the last checkpoint's go: .png grid, .gif its animation, .npz "
-             "arrays (default: grids of all, in generated_samples)", type=Path)
+    add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
+    add_flag(parser, "out", "where the last checkpoint's digits go: a grid (.png), its animation "
+             "(.gif) or arrays (.npz); by default a grid of every checkpoint, in generated_samples",
+             type=Path)
     return parser
 
 

@@ -7,8 +7,6 @@ equally fast. What that is worth here stands in docs/measurements.md.
 
 The method: https://kellerjordan.github.io/posts/muon/
 """
-import contextlib
-
 import torch
 
 
@@ -29,10 +27,11 @@ def orthogonalize(matrices):
 
 
 class Muon:
-    """Momentum whose matrix is orthogonalized before each step.
+    """Momentum that is orthogonalized before each step.
 
     Kernels (out, in, k, k) are seen as matrices (out, in * k * k). Kernels of one shape form one
-    stack, so that a few large matrix products do the work of many small ones.
+    stack, so that a few large matrix products do the work of many small ones. Unlike in Jordan's
+    code, steps of tall matrices are not larger than those of others.
     """
 
     def __init__(self, kernels, momentum):
@@ -52,7 +51,7 @@ class Muon:
         for stack, buffer, stream in zip(self.stacks, self.buffers, self.streams, strict=True):
             if stream:
                 stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            with torch.cuda.stream(stream):  # does nothing for None
                 self.move(stack, buffer)
         for stream in filter(None, self.streams):
             torch.cuda.current_stream().wait_stream(stream)

@@ -6,6 +6,7 @@
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
+import contextlib
 import itertools
 import math
 import zipfile
@@ -152,10 +153,11 @@ def kth_nearest(points, others, k=1):
 
 
 def share_inside(points, centres, k=3):
-    """Return the share of points (N, D) no farther from some centre (M, D) than its k-th neighbour.
+    """Return the share of points (N, D) within the radius of some centre (M, D).
 
-    The precision of generated points around real centres, and the recall of real points around
-    generated centres (Kynkaanniemi et al. 2019, eq. 1 and 2).
+    A centre's radius is its distance to the k-th nearest other centre. With generated points and
+    real centres this is the precision, with real points and generated centres the recall
+    (Kynkaanniemi et al. 2019, eq. 1 and 2).
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
@@ -166,9 +168,9 @@ def share_inside(points, centres, k=3):
 def noise_mse(model, images, labels, batch_size=256):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
-    The clean image that the noise implies is clipped first, as in sampling. So an error of the
-    noise is what remains of x_0's, times alpha_t / sigma_t. The t, spread evenly over the images,
-    and the noise are drawn on the CPU, and the network runs in float32: the same for every
+    The clean image that the noise implies is clipped first, as in sampling. The error that then
+    remains in it, times alpha_t / sigma_t, is one of the noise again. The t, spread evenly over the
+    images, and the noise are drawn on the CPU, and the network runs in float32: the same for every
     checkpoint and machine.
     """
     rng = generator("cpu", "evaluation", 0)
@@ -188,6 +190,13 @@ def noise_mse(model, images, labels, batch_size=256):
 
 
 # ---- evaluation ----
+@contextlib.contextmanager
+def judging():
+    """Compute in float32 without TF32, so that machines agree, and without gradients."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 class Described(NamedTuple):
     """What a Judge needs to know of N images."""
     features: torch.Tensor  # (N, 128), the classifier's
@@ -200,8 +209,9 @@ class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
     train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    an image nearer to a training image than 99 % of the test images of the digit that it is read
-    as. Each digit has its own threshold, because ones lie much nearer to each other than eights.
+    nearer to some training image than 99 % of the test images of its digit are; its digit is what
+    the classifier reads. Each digit has its own threshold, because ones lie much nearer to each
+    other than eights.
     """
 
     def __init__(self, classifier, train, test):
@@ -251,7 +261,7 @@ def pick_images(images, labels, wanted):
 def mark_row(judge, images, labels):
     """Return the mark: the metrics of these training images.
 
-    Its copies are those among the test images, since every training image is one of itself.
+    Every training image is a copy of itself, so those among the test images are counted instead.
     """
     scores = judge.scores(judge.describe(images), labels)
     are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
@@ -356,8 +366,8 @@ def evaluate_checkpoints(args, device):
     print(f"{args.n_samples:,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps; seeds: "
           f"{args.seeds}; latent space: {last_path}")
     print_line("epoch", {name: name for name in FORMATS})
-    images = pick_images(judge.train_images, judge.train_labels, labels)
-    mark = dict(fid_latent=fid_latent(images), **mark_row(judge, images, labels))
+    real_images = pick_images(judge.train_images, judge.train_labels, labels)
+    mark = dict(fid_latent=fid_latent(real_images), **mark_row(judge, real_images, labels))
     print_rows("real", [mark])
     evaluations = []
     for _, model, epoch in models:
@@ -370,6 +380,7 @@ def evaluate_checkpoints(args, device):
                              **judge.scores(made, labels)))
         evaluations.append(rows)
         write_results(datas, mark, evaluations, n_samples=args.n_samples, latent_epoch=last_epoch)
+        # of the last seed's digits
         with replacing(datas / f"metrics_closest_{epoch}.png") as file:
             draw_grid(judge.closest_pairs(images, made).cpu(), 10).save(file, format="png")
         print_rows(epoch, rows)
@@ -390,15 +401,14 @@ def load_digits(path):
                  "uint8, and maybe arr_1, their labels (N,) from 0 to 9"):
         zipfile.ZipFile(path).close()  # what is no archive, np.load would take for a pickle
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        images, labels = arrays["arr_0"], arrays.get("arr_1")
+            images, labels = file["arr_0"], file.get("arr_1")
         if images.dtype != np.uint8:
             raise ValueError(f"arr_0 is of {images.dtype}")
-        if images.ndim == 3:
-            images = images[..., None]
-        n, height, width, channels = images.shape
-        if height != width or channels not in (1, 3) or height not in range(4, 257):
-            raise ValueError(f"arr_0 has the shape {arrays['arr_0'].shape}")
+        shape = images.shape
+        if not (len(shape) in (3, 4) and shape[1] == shape[2] and shape[1] in range(4, 257)
+                and shape[3:] in ((), (1,), (3,))):
+            raise ValueError(f"arr_0 has the shape {shape}")
+        n, size = shape[:2]
         if labels is not None:
             if labels.shape != (n,) or labels.dtype.kind not in "iu":
                 raise ValueError(f"arr_1 is of {labels.dtype} and has the shape {labels.shape}")
@@ -406,7 +416,7 @@ def load_digits(path):
                 raise ValueError(f"arr_1 goes from {labels.min()} to {labels.max()}")
     if not 2000 <= n <= MOST:
         raise InputError(f"{path} holds {n:,} digits: from 2,000 to {MOST:,} can be compared")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = torch.from_numpy(images).reshape(n, size, size, -1).permute(0, 3, 1, 2)
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
@@ -472,8 +482,8 @@ def evaluation_parser():
     add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
     add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)
     add_flag(parser, "n_samples", "digits to generate", 10_000, type=bounded(int, 2000, MOST))
-    add_flag(parser, "seed", "of all random numbers", 0, type=bounded(int, 0))
-    add_flag(parser, "seeds", "times to generate them, from --seed on", 1,
+    add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
+    add_flag(parser, "seeds", "sets of digits to generate, with seeds from --seed on", 1,
              type=bounded(int, 1, 100))
     add_flag(parser, "digits", "evaluate the digits in this .npz file, as generate.py --out writes "
              "them, instead of checkpoints", type=Path)
@@ -498,8 +508,7 @@ def main(argv=None):
         refuse_other_flags(parser, args, "train_classifier", "seed")
         make_classifier(device, args.seed)
         return
-    # without TF32, so that what judges computes in float32 and machines agree
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with judging():
         if args.digits:
             refuse_other_flags(parser, args, "digits")
             evaluate_digits(args.digits, device)

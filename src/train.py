@@ -150,7 +150,8 @@ def normalize(x):
     """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group.
 
     F.group_norm is slow for channels_last, the order in which x lies in memory. With the channels
-    as the last dimension F.layer_norm computes the same. Autocast would make it cast to float32.
+    as the last dimension F.layer_norm computes the same. Autocast, which would have it cast x to
+    float32 first, is off.
     """
     x = x.permute(0, 2, 3, 1)
     with torch.autocast(x.device.type, enabled=False):
@@ -165,7 +166,7 @@ def convolution(c_in, c_out, **options):
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, 2 c_out, 1, 1) -> (B, c_out, H, W): two convolutions beside a skip.
 
-    Between them every channel is scaled and shifted, so that the block can act by t and the label.
+    Between them every channel is scaled and shifted, which is how t and the label reach the block.
     """
 
     def __init__(self, c_in, c_out):
@@ -267,7 +268,7 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
-    An error of x_0 comes from one of eps that is alpha_t / sigma_t times as large. So with weights
+    An error of eps makes one of x_0 that is sigma_t / alpha_t times as large. So with weights
     of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), the squared error of the noise. It
     differs in three things.
 
@@ -311,11 +312,11 @@ def split_weights(model):
     Muon is for what maps many channels to many. The first and the last kernel have few on the side
     of the image.
     """
-    named = dict(model.named_parameters())
-    kernels = [name for name, weights in named.items()
-               if weights.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")]
-    return ([named[name] for name in kernels],
-            [weights for name, weights in named.items() if name not in kernels])
+    kernels, others = [], []
+    for name, weights in model.named_parameters():
+        is_inner = weights.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")
+        (kernels if is_inner else others).append(weights)
+    return kernels, others
 
 
 class State:
@@ -434,7 +435,7 @@ def capture(state, images, labels):
 
 
 def set_rates(state, total_steps):
-    """Set the learning rates, and the decay of the average, of the next of total_steps steps."""
+    """Set what the next of total_steps steps uses: the learning rates and the average's decay."""
     settings, n = state.settings, state.steps_taken
     factor = 1 - n / total_steps
     state.muon.rate.fill_(factor * settings.muon_rate)
@@ -524,7 +525,8 @@ def end_epoch(state, steps, seconds, root):
     """Log the epoch, which had so many steps and seconds; write its checkpoint if it is due."""
     settings, epoch = state.settings, len(state.log) + 1
     check_finite(state)
-    if dist.is_initialized():  # each process has the sum of its own share
+    # Each process has the sum of its own share or, of steps before a resume, of the first one's.
+    if dist.is_initialized():
         dist.all_reduce(state.total_loss)
         state.total_loss /= state.processes
     loss = state.total_loss.item() / steps
@@ -588,7 +590,7 @@ def training_parser():
     add_setting("time_steps", "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
     add_setting("width", "channels at half the size; twice as many at a quarter of it",
                 type=bounded(int, 1, 1024))
-    add_setting("seed", "of all random numbers", type=bounded(int, 0))
+    add_setting("seed", "seed of all random numbers", type=bounded(int, 0))
     parser.add_argument("--resume", action="store_true", help="go on with the run under --root; "
                         "n_epochs and save_every may be changed")
     return parser
@@ -617,8 +619,8 @@ def start_state(args, device):
     refuse_contradictions(args, kept, args.root / LATEST)
     state.settings = dataclasses.replace(state.settings, **given)
     if len(state.log) >= state.settings.n_epochs:
-        raise InputError(f"{args.root / LATEST} is of a run that ended with epoch "
-                         f"{len(state.log)}: ask for more epochs by --n_epochs")
+        raise InputError(f"{args.root / LATEST} has trained {len(state.log)} epochs already: ask "
+                         "for more by --n_epochs")
     return state
 
 

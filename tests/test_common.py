@@ -20,10 +20,6 @@ def test_a_script_ends_with_the_exit_code_that_its_main_returns(result, code):
     assert (stop.value.code or 0) == code
 
 
-def test_python_sees_bad_input_as_an_ordinary_exception():
-    assert issubclass(InputError, Exception)
-
-
 def run_main(folder, line, more=""):
     """Run a script whose main() is this line, in a shell that goes on with more of a command."""
     script = folder / "script.py"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import runs
 import test
@@ -70,9 +71,16 @@ def test_the_averaged_textbook_loop_is_the_same_loop(most, mnist):
     few = [values[:64] for values in mnist["train"]]
     settings = train.Settings(n_epochs=2, batch_size=32, ema_decay=most)
     *_, last = runs.train_textbook(settings, *few)
-    *_, averaged = runs.train_textbook(settings, *few, averaged=True)
+    *_, averaged = runs.train_textbook(settings, *few, runs.TEXTBOOK._replace(averaged=True))
     pairs = zip(last.parameters(), averaged.parameters(), strict=True)
     assert all(p.equal(q) for p, q in pairs) == (most == 0)
+
+
+def test_t_of_the_cosine_schedule_have_its_noise():
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    ours = train.cumulative_alphas(1000)[runs.cosine_t()]
+    # Its first and its last steps have less and more noise than any of ours.
+    torch.testing.assert_close(ours[5:990].logit(), theirs[5:990].logit(), atol=0.2, rtol=0)
 
 
 @pytest.fixture(scope="module")

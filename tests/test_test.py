@@ -1,13 +1,12 @@
 """test.py: the classifier, features, metrics, scores, the table and its pictures."""
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Oracle, call, read_csv, write_checkpoint
+from conftest import Oracle, call, read_csv, write_checkpoint
 from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -419,7 +418,8 @@ def test_output_that_nobody_reads_any_more_is_not_the_pictures_fault(evaluation,
     run, *_ = evaluation
 
     def print_rows(first, rows):
-        raise BrokenPipeError
+        if first != "real":
+            raise BrokenPipeError
 
     monkeypatch.setattr(test, "print_rows", print_rows)
     with pytest.raises(BrokenPipeError):
@@ -517,8 +517,3 @@ def test_generated_digits_have_the_same_scores_from_a_file(tmp_path, small_model
     _, _, made = evaluate_digits(tmp_path / "digits.npz", capsys)
     assert made["fid_classifier"] == pytest.approx(float(row["fid_classifier"]), abs=1e-3)
     assert made["accuracy"] == pytest.approx(100 * float(row["accuracy"]), abs=0.01)
-
-
-def test_script_is_no_unit_test():
-    assert not [name for name in vars(test) if name.lower().startswith("test")]
-    assert Path(test.__file__) == REPOSITORY / "src/test.py"
