@@ -123,7 +123,8 @@ def quality_over_time():
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     colors = "tab:gray", "tab:orange", "tab:green", "tab:blue"
-    for name, color in zip([*LOOPS, "the recipe"], colors, strict=True):
+    places = (6, 6), (6, 6), (-40, -12), (6, 6)  # of the percentages, beside their dots
+    for name, color, place in zip([*LOOPS, "the recipe"], colors, places, strict=True):
         judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
                   for epoch in run.epochs]
         minutes, distances = [], []
@@ -135,7 +136,7 @@ def quality_over_time():
             distances.append(mean_of(found, "fid_classifier"))
             single = [row["fid_classifier"] for row in found]
             axes.plot([minutes[-1]] * len(single), single, ".", color=color, alpha=0.5)
-            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), (6, 6),
+            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), place,
                           color=color, textcoords="offset points")
         axes.plot(minutes, distances, "o-", color=color, label=name)
     axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
