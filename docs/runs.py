@@ -1,6 +1,6 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
-    python docs/runs.py    six hours or so on two CPU cores, without bfloat16 thrice as many
+    python docs/runs.py    eight hours or so on two CPU cores, without bfloat16 thrice as many
 
 These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
 loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
