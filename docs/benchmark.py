@@ -39,11 +39,11 @@ import test as evaluation
 import train
 from common import REPOSITORY, add_device_flag, generator, has_bf16, run_script
 from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
-                      noise_levels, sample, to_pixels)
+                      noise_levels, sample, spread_labels, to_pixels)
 from runs import (METRICS, N_SAMPLES, OF_CHOICES, OVER_TIME, SEEDS, conditions, kept_batches,
                   make_scorer, read_runs, rows_of, textbook_training, train_variant)
 from test import (classify, distort, frechet_distance, judging, latent_features,
-                  load_classifier, mnist_pixels, pick_images, spread_labels, train_classifier)
+                  load_classifier, mnist_pixels, pick_images, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
@@ -348,7 +348,10 @@ def told_apart(generated, real, seed):
 
 
 def slightly_distorted(images):
-    """Return images (N, 1, 28, 28) uint8 as the classifier is trained on them, with mixed greys."""
+    """Return images (N, 1, 28, 28) uint8, distorted as those that the classifier is trained on.
+
+    This mixes the greys of neighbouring pixels.
+    """
     rng = generator(images.device, "evaluation", 0)
     return to_pixels(distort(images / 127.5 - 1, rng))
 

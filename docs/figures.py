@@ -116,7 +116,8 @@ def mean_of(rows, column):
 def quality_over_time():
     """Frechet distance and accuracy against the time of training: the recipe, textbook loops.
 
-    The minutes are those of the machine that most runs were done on.
+    The minutes are those of the machine that most runs were done on, and what was not timed there
+    is left out. Distances are means over the runs on all machines.
     """
     mark, *rows = read_runs()
     machine = statistics.mode(row["machine"] for row in rows)

@@ -46,6 +46,8 @@ N_SAMPLES = 2000  # the fewest digits that src/test.py scores
 
 def load(path):
     """Return the module in the file of a clone, which may import its neighbours."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: is it the right clone?")
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)

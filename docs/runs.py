@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import train
 from common import (REPOSITORY, InputError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, run_script, write_csv)
-from generate import sample
-from test import judging, make_judge, pick_images, spread_labels
+from generate import sample, spread_labels
+from test import judging, make_judge, pick_images
 
 RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
 N_SAMPLES = 10_000
@@ -54,14 +54,17 @@ def commit_of_src():
     """Return the last commit that touched src, and whether src has been changed since.
 
     Commits whose message says "No figure changes" are passed over: what src computes is the same.
+    A shallow clone does not know.
     """
+    if git("rev-parse", "--is-shallow-repository") == "true":
+        return "unknown"
     changed = " (changed)" if git("status", "--porcelain", "--", "src") else ""
     last = git("log", "-1", "--format=%h", "--invert-grep", "--grep=No figure changes", "--", "src")
     return (last or "unknown") + changed
 
 
 def conditions(device):
-    """Return by which code, where and when this process measures, as a dict of texts."""
+    """Return the commit, machine, versions and date of what this process measures, as texts."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -84,7 +87,8 @@ class Loop(NamedTuple):
 TEXTBOOK = Loop(averaged=False, cosine=False, hidden=0.1)
 LOOPS = {"textbook": TEXTBOOK,
          "textbook, averaged": TEXTBOOK._replace(averaged=True),
-         "textbook, averaged, cosine schedule, no label hidden": Loop(True, True, 0.0)}
+         "textbook, averaged, cosine schedule, no label hidden": TEXTBOOK._replace(
+             averaged=True, cosine=True, hidden=0.0)}
 
 
 def cosine_t():
@@ -94,7 +98,8 @@ def cosine_t():
     these t is drawn equally often, the network learns from the noise of the cosine schedule, and
     our samplers can use it.
     """
-    f = (((torch.arange(1001) / 1000 + 0.008) / 1.008) * math.pi / 2).cos().square().double()
+    s = torch.arange(1001, dtype=torch.float64) / 1000
+    f = ((s + 0.008) / 1.008 * math.pi / 2).cos().square()
     distances = (f[1:] / f[0]).logit()[:, None] - train.cumulative_alphas(1000).logit()
     return distances.abs().argmin(dim=1)
 
@@ -130,18 +135,17 @@ def textbook_training(model, optimizer, batches, steps, device, bf16, loop=TEXTB
         loss.item()  # tutorials show it, so a GPU is waited for at every step
 
 
-def keep_average(model, optimizer, most):
+def keep_average(model, optimizer, max_decay):
     """Return a copy of the model that becomes the average of its weights, as train.py takes it.
 
-    The optimizer's steps move it; most: its decay at most.
+    It is updated after each of the optimizer's steps.
     """
     average = copy.deepcopy(model).requires_grad_(False)
     taken = itertools.count()
 
-    @torch.no_grad()
     def follow(*_):
         n = next(taken)
-        train.update_average(average, model, torch.tensor(min(most, (1 + n) / (10 + n))))
+        train.update_average(average, model, torch.tensor(min(max_decay, (1 + n) / (10 + n))))
 
     optimizer.register_step_post_hook(follow)
     return average
@@ -291,7 +295,7 @@ def read_runs(path=RUNS_FILE):
 
 
 def rows_of(rows, run, epoch):
-    """Return those of the rows that are of a run after an epoch: one for each seed."""
+    """Return the rows of this run after this epoch, one for each seed."""
     wanted = run.name, str(run.batch_size), str(epoch)
     return [row for row in rows
             if (row["training"], row["batch_size"], row["epochs"]) == wanted]

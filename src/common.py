@@ -34,6 +34,7 @@ def run_script(main):
     except InputError as error:
         sys.exit(str(error))
     except BrokenPipeError:  # the program that reads our output, "head" for one, has ended
+        # Python flushes once more at its end, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code)
@@ -43,8 +44,8 @@ def run_script(main):
 def blaming(path, advice):
     """Turn any error in the block into an InputError that names the path and what to do.
 
-    A damaged or foreign file can raise nearly anything. So all but a lack of memory is taken for
-    the file's fault, and only what depends on the file belongs in the block.
+    A damaged or foreign file can raise nearly anything. So nearly all is taken for the file's
+    fault, and only what depends on the file belongs in the block.
     """
     try:
         yield
@@ -164,7 +165,9 @@ def write_csv(path, rows):
 def epoch_checkpoints(root):
     """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, by rising N."""
     found = {}
-    for path in root.glob("checkpoints/diffusion_epoch_*.pth"):
+    with blaming(root, "choose another --root"):
+        paths = list(root.glob("checkpoints/diffusion_epoch_*.pth"))
+    for path in paths:
         epoch = path.stem.removeprefix("diffusion_epoch_")
         if epoch.isdecimal():
             found[int(epoch)] = path

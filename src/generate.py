@@ -234,7 +234,7 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = load_tensors(path)
         model = SimpleUnet(**checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        checkpoint["epoch"] = int(checkpoint["epoch"])
+        checkpoint["epoch"] = int(checkpoint["epoch"])  # it becomes part of a file's name
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -325,6 +325,10 @@ def main(argv=None):
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, model.config, path)
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
+        rows = math.ceil(args.n_samples / columns)
+        if out.suffix == ".gif" and rows * (model.config["image_size"] + 1) >= 2**16:
+            raise InputError(f"--out {out}: {rows:,} rows are too high for a .gif; ask for fewer "
+                             "digits, or for a .png")
         prepare_folder(out.parent)
         frames = sample(model, labels, args.sampler, args.steps, args.seed, args.guidance,
                         args.eta, n_frames=50 if out.suffix == ".gif" else 1)

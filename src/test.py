@@ -192,7 +192,10 @@ def noise_mse(model, images, labels, batch_size=256):
 # ---- evaluation ----
 @contextlib.contextmanager
 def judging():
-    """Compute in float32 without TF32, so that machines agree, and without gradients."""
+    """Compute without gradients, and in float32 without TF32, so that machines agree.
+
+    Only sampling is in bfloat16 where it can be, as everywhere: it turns that on by itself.
+    """
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
@@ -209,9 +212,9 @@ class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
     train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    nearer to some training image than 99 % of the test images of its digit are; its digit is what
-    the classifier reads. Each digit has its own threshold, because ones lie much nearer to each
-    other than eights.
+    nearer to some training image than 99 % of the test images of its digit are; a generated digit's
+    is what the classifier reads. Each digit has its own threshold, because ones lie much nearer to
+    each other than eights.
     """
 
     def __init__(self, classifier, train, test):
@@ -261,7 +264,8 @@ def pick_images(images, labels, wanted):
 def mark_row(judge, images, labels):
     """Return the mark: the metrics of these training images.
 
-    Every training image is a copy of itself, so those among the test images are counted instead.
+    Every training image is a copy of itself, so copies are counted among the test images instead.
+    By the choice of the thresholds they are about 1 %.
     """
     scores = judge.scores(judge.describe(images), labels)
     are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
@@ -337,7 +341,7 @@ def load_models(args, device):
     for path, model, _ in found:
         if model.config != last_model.config:
             raise InputError(f"{path} is of another form than {last_path}: evaluate it apart, by "
-                             "--checkpoint_path")
+                             "--checkpoint_path and another --root")
     return found
 
 
@@ -351,7 +355,10 @@ def write_results(datas, mark, evaluations, **conditions):
 
 
 def evaluate_checkpoints(args, device):
-    """Evaluate the checkpoints that the flags ask for; print and write the results as they come."""
+    """Evaluate the checkpoints that the flags ask for; print and write the results as they come.
+
+    They replace those of an earlier evaluation under the same root.
+    """
     models = load_models(args, device)
     last_path, last_model, last_epoch = models[-1]
     datas = args.root / "datas"
@@ -423,8 +430,7 @@ def load_digits(path):
 def fitting_labels(labels, real_labels):
     """Return labels in the proportions of real_labels, as many as labels has digits for."""
     counts = labels.bincount(minlength=10)
-    # spread_labels rounds the count of each digit by less than one. So no larger n can fit, and
-    # from there it is counted down.
+    # spread_labels rounds the count of each digit by less than one. So no n above this one fits.
     share = ((counts + 1) / real_labels.bincount(minlength=10)).min().item()
     n = min(len(labels), int(share * len(real_labels)) + 1)
     while (spread_labels(real_labels, n).bincount(minlength=10) > counts).any():
@@ -435,8 +441,8 @@ def fitting_labels(labels, real_labels):
 def evaluate_digits(path, device):
     """Print the metrics of the digits in an .npz file, below the mark of as many real ones.
 
-    A Frechet distance depends on the mixture of digits. So of those with labels as many are taken
-    as there are in the proportions of the test set.
+    A Frechet distance depends on the mixture of digits. So where there are labels, as many digits
+    are compared as can be taken in the proportions of the test set.
     """
     images, labels = load_digits(path)
     judge = make_judge(images.shape[2], images.shape[1], device)
@@ -467,7 +473,8 @@ def make_classifier(device, seed):
     classifier = train_classifier(*load_mnist("train", device=device), seed)
     save_tensors(CLASSIFIER, classifier.state_dict())
     images, labels = load_mnist("test", device=device)
-    _, digits = classify(classifier, mnist_pixels(images))
+    with judging():
+        _, digits = classify(classifier, mnist_pixels(images))
     accuracy = (digits == labels).double().mean().item()
     print(f"{CLASSIFIER}: reads {accuracy:.2%} of the test images right")
 
@@ -493,7 +500,7 @@ def evaluation_parser():
 
 
 def refuse_other_flags(parser, args, mode, *allowed):
-    """Raise InputError for a flag that is given but does nothing beside the flag --mode."""
+    """Raise InputError for a flag, set to other than its default, that --mode makes no use of."""
     for name, value in vars(args).items():
         if name not in (mode, "device", *allowed) and value != parser.get_default(name):
             raise InputError(f"--{name} has no effect beside --{mode}: leave it out")

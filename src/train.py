@@ -150,8 +150,8 @@ def normalize(x):
     """Give each image, over all channels, mean 0 and variance 1: GroupNorm with one group.
 
     F.group_norm is slow for channels_last, the order in which x lies in memory. With the channels
-    as the last dimension F.layer_norm computes the same. Autocast, which would have it cast x to
-    float32 first, is off.
+    as the last dimension F.layer_norm computes the same. Autocast is switched off here, for it
+    would cast x to float32 first.
     """
     x = x.permute(0, 2, 3, 1)
     with torch.autocast(x.device.type, enabled=False):
@@ -288,8 +288,8 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     guided = slice(len(t) // 4, (len(t) + 1) // 2)  # never empty, not even for one image
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)
-        # Autocast keeps the weights that it has cast, for the next pass. Those cast without
-        # gradients would not do for the pass above. So this one comes second.
+        # Autocast keeps the weights that it has cast to bfloat16, for later passes. Cast without
+        # gradients, they would pass none on. So the pass that needs gradients comes first.
         with torch.no_grad():
             nulls = torch.full_like(labels[guided], NULL_LABEL)
             eps_null = network(x_t[guided], t[guided], nulls)
@@ -462,7 +462,7 @@ def take_step(state, images, labels, total_steps):
 
 # ---- run ----
 LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
-SAVE_INTERVAL = 45  # seconds; whatever ends a run, less than a minute of it is lost
+SAVE_INTERVAL = 45  # seconds; whatever ends a run, little more than these are lost
 
 
 def plot_losses(path, log):
@@ -481,7 +481,8 @@ def plot_losses(path, log):
 def check_finite(state):
     """Raise InputError if the loss or a weight is no longer finite: that is not worth saving.
 
-    Of the weights the average tells all: what was not finite in one step makes it so for ever.
+    Of the weights only the average is looked at: once a weight is not finite, its average never
+    is again.
     """
     values = [state.total_loss, *state.average.parameters()]
     if not torch.stack([value.isfinite().all() for value in values]).all():
@@ -525,7 +526,8 @@ def end_epoch(state, steps, seconds, root):
     """Log the epoch, which had so many steps and seconds; write its checkpoint if it is due."""
     settings, epoch = state.settings, len(state.log) + 1
     check_finite(state)
-    # Each process has the sum of its own share or, of steps before a resume, of the first one's.
+    # Each process has summed the losses of its own share of the images. What was summed before a
+    # resume is, in all of them, of the first one's share.
     if dist.is_initialized():
         dist.all_reduce(state.total_loss)
         state.total_loss /= state.processes
@@ -598,9 +600,9 @@ def training_parser():
 
 def refuse_overwriting(root):
     """Raise InputError if there is a run under root: no second run replaces its files."""
-    latest = root / LATEST
+    latest, checkpoints = root / LATEST, epoch_checkpoints(root)
     go_on = "go on with it by --resume, " if latest.exists() else ""
-    for path in [latest, *epoch_checkpoints(root).values()]:
+    for path in [latest, *checkpoints.values()]:
         if path.exists():
             raise InputError(f"{path} is of an earlier run: {go_on}remove it, or choose another "
                              "--root")

@@ -73,6 +73,18 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
     assert str(small_model.config[name[2:]]) in message
 
 
+def test_an_animation_that_is_too_high(small_model, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "x.pth", small_model, 10)
+    flags = f"--checkpoint_path {path} --labels 1 2 --n_samples 4600 --out {tmp_path}/x.gif"
+    assert "2,300 rows" in error_of(generate.main, flags.split(), capsys)
+    assert list(contents(tmp_path)) == [path]
+
+
+@pytest.mark.parametrize("main", [train.main, generate.main, test.main])
+def test_a_root_whose_name_is_too_long(main, tmp_path, capsys):
+    assert "too long" in error_of(main, ["--root", str(tmp_path / ("a" * 300))], capsys)
+
+
 def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
     assert "1000" in error_of(generate.main, ["--root", str(tmp_path), "--steps", "1001"], capsys)

@@ -1,10 +1,16 @@
 """docs/peers.py: the loop around another's model. The models are not in the repository."""
 import pytest
+from conftest import error_of
 
 import peers
 import test
 from generate import spread_labels
 from train import load_mnist
+
+
+@pytest.mark.parametrize("peer", sorted(peers.PEERS))
+def test_a_folder_that_is_no_clone_of_the_peer(peer, tmp_path, capsys):
+    assert "right clone" in error_of(peers.main, [peer, str(tmp_path)], capsys)
 
 
 @pytest.mark.parametrize("has_labels", [True, False])

@@ -56,7 +56,7 @@ def test_an_average_follows_the_optimizer():
     weight = torch.nn.Parameter(torch.zeros(()))
     model = torch.nn.ParameterList([weight])
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
-    average = runs.keep_average(model, optimizer, most=0.5)
+    average = runs.keep_average(model, optimizer, max_decay=0.5)
     expected = 0
     for n, decay in enumerate([0.1, 2 / 11, 0.25, 4 / 13, 5 / 14, 0.4, 7 / 16, 8 / 17, 0.5, 0.5]):
         weight.grad = torch.tensor(-1.0)
