@@ -8,7 +8,7 @@
     python docs/benchmark.py samplers    distance and time of every sampler: an hour
     python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
-    python docs/benchmark.py time        digits after so many epochs, and a textbook loop's
+    python docs/benchmark.py time        digits after so many epochs, and textbook loops'
     python docs/benchmark.py recipe      digits without one or a few choices of the recipe
 
 The times are those of two CPU cores with bfloat16. The last two tables take a moment: they are the
@@ -306,7 +306,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEED
 
 
 def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=SEEDS):
-    """Print how many test digits classifiers read that were trained on generated digits alone.
+    """Print the share of test digits that classifiers trained on generated digits read right.
 
     Others are trained on as many real digits with the same labels. This is the classification
     accuracy score (Ravuri, Vinyals 2019).

@@ -127,8 +127,8 @@ def to_pixels(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def check_request(model, labels, sampler, steps):
-    """Raise InputError for labels, a sampler or steps that sample cannot follow."""
+def check_request(model, labels, sampler, steps, eta):
+    """Raise InputError for labels, a sampler, steps or an eta that sample cannot follow."""
     if len(labels) == 0 or not 0 <= labels.min() <= labels.max() <= NULL_LABEL:
         raise InputError(f"labels must be at least one, each from 0 to {NULL_LABEL}")
     if sampler not in SAMPLERS:
@@ -136,6 +136,8 @@ def check_request(model, labels, sampler, steps):
     if steps is not None and not 1 <= steps <= model.config["time_steps"]:
         raise InputError(f"steps must be from 1 to the model's {model.config['time_steps']} time "
                          f"steps, not {steps}")
+    if eta is not None and not 0 <= eta <= 1:
+        raise InputError(f"eta must be from 0 to 1, not {eta}")
 
 
 @torch.no_grad()
@@ -144,12 +146,12 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The frames show x_t after n_frames steps, evenly spread, or after all if there are fewer; the
-    last is the clean image. steps and eta, which is from 0 to 1, are by default the sampler's. On
-    one machine image i depends on i, the seed, labels[i] and these settings alone: every chunk of
-    digits has random numbers of its own, and the last one is filled up to the full size. Raises
-    InputError as check_request does.
+    last is the clean image. steps and eta are by default the sampler's. On one machine image i
+    depends on i, the seed, labels[i] and these settings alone: every chunk of digits has random
+    numbers of its own, and the last one is filled up to the full size. Raises InputError as
+    check_request does.
     """
-    check_request(model, labels, sampler, steps)
+    check_request(model, labels, sampler, steps, eta)
     device, config = next(model.parameters()).device, model.config
     chosen = SAMPLERS[sampler]
     steps = steps or min(chosen.steps or config["time_steps"], config["time_steps"])
@@ -194,7 +196,7 @@ def grid_path(folder, epoch):
 
 
 def count_columns(n_samples, labels):
-    """Return the grid's columns: one for each of several labels, or those of a square for all."""
+    """Return the grid's columns: one for each label, or those of a square if there are not two."""
     if labels is None or len(labels) < 2:
         return math.ceil(math.sqrt(n_samples))
     return len(labels)
@@ -239,7 +241,10 @@ def load_checkpoint(path, device="cpu"):
 
 
 def find_checkpoints(root, epochs, checkpoint_path=None):
-    """Return the path given, or else root's checkpoints up to epochs, or the released weights."""
+    """Return the path given, or else root's checkpoints up to epochs, or the released weights.
+
+    Raises InputError where root has checkpoints, but of later epochs alone.
+    """
     if checkpoint_path:
         return [checkpoint_path]
     found, folder = epoch_checkpoints(root), root / "checkpoints"
@@ -262,7 +267,8 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
 
     With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
     NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
-    and eta. Raises InputError as sample does.
+    and eta. Raises InputError as sample does, and for a file that load_checkpoint cannot read or a
+    place that cannot be written to.
     """
     if checkpoint_path:
         model, checkpoint = load_checkpoint(checkpoint_path, next(model.parameters()).device)
@@ -326,7 +332,8 @@ def main(argv=None):
         refuse_contradictions(args, model.config, path)
         out = args.out or grid_path(args.root / "generated_samples", checkpoint["epoch"])
         rows = math.ceil(args.n_samples / columns)
-        if out.suffix == ".gif" and rows * (model.config["image_size"] + 1) >= 2**16:
+        height = rows * (model.config["image_size"] + 1) + 1
+        if out.suffix == ".gif" and height >= 2**16:
             raise InputError(f"--out {out}: {rows:,} rows are too high for a .gif; ask for fewer "
                              "digits, or for a .png")
         prepare_folder(out.parent)

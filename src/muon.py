@@ -49,10 +49,12 @@ class Muon:
     def step(self):
         """Move all kernels by their gradients."""
         for stack, buffer, stream in zip(self.stacks, self.buffers, self.streams, strict=True):
-            if stream:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # does nothing for None
+            if stream is None:  # on a CPU
                 self.move(stack, buffer)
+            else:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self.move(stack, buffer)
         for stream in filter(None, self.streams):
             torch.cuda.current_stream().wait_stream(stream)
 

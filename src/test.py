@@ -212,9 +212,9 @@ class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
     train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    nearer to some training image than 99 % of the test images of its digit are; a generated digit's
-    is what the classifier reads. Each digit has its own threshold, because ones lie much nearer to
-    each other than eights.
+    nearer to some training image than 99 % of the test images of its digit are; which digit a
+    generated image is, the classifier reads. Each digit has its own threshold, because ones lie
+    much nearer to each other than eights.
     """
 
     def __init__(self, classifier, train, test):

@@ -202,7 +202,8 @@ class SimpleUnet(nn.Module):
         emb = 4 * half
         self.time_mlp = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(NULL_LABEL + 1, emb)
-        # One layer makes the scales and the shifts of all blocks, for so many channels each.
+        # One layer makes the scales and the shifts of all blocks, for so many channels each, in the
+        # order of the blocks below.
         self.block_channels = half, quarter, quarter, quarter, quarter, quarter, half, half
         self.scale_shifts = nn.Linear(emb, 2 * sum(self.block_channels))
         self.conv_in = convolution(4 * channels, half)
@@ -268,6 +269,9 @@ def draw_t(batch_size, settings, rng):
 def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
+    x_0, noise: (B, C, H, W); t: (B,) int64, rising along the batch, as draw_t returns it; labels:
+    (B,) int64, 0..10; alphas_cumprod: (T,) float64.
+
     An error of eps makes one of x_0 that is sigma_t / alpha_t times as large. So with weights
     of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), the squared error of the noise. It
     differs in three things.
@@ -280,12 +284,12 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
 
     For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the image but
     x_0 + w (x_label - x_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that would
-    make digits alike (Kynkaanniemi et al. 2024). As draw_t lets t rise along the batch, these are
-    the images of its second quarter, if t is drawn as Settings has it.
+    make digits alike (Kynkaanniemi et al. 2024). As t rises along the batch, these are the images
+    of its second quarter, if t is drawn as Settings has it and there are more than a few images.
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
-    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # never empty, not even for one image
+    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # the network takes no empty batch
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
         eps = network(x_t, t, labels)
         # Autocast keeps the weights that it has cast to bfloat16, for later passes. Cast without
@@ -309,13 +313,15 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
 def split_weights(model):
     """Return (kernels, others): what Muon moves, and what is left for Adam.
 
-    Muon is for what maps many channels to many. The first and the last kernel have few on the side
-    of the image.
+    Muon is for the convolutions that map many channels to many. The first and the last have few on
+    the side of the image.
     """
     kernels, others = [], []
     for name, weights in model.named_parameters():
-        is_inner = weights.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight")
-        (kernels if is_inner else others).append(weights)
+        if weights.ndim == 4 and name not in ("conv_in.weight", "conv_out.weight"):
+            kernels.append(weights)
+        else:
+            others.append(weights)
     return kernels, others
 
 
@@ -340,8 +346,8 @@ class State:
             self.network = nn.parallel.DistributedDataParallel(self.model)
         kernels, others = split_weights(self.model)
         self.muon = Muon(kernels, settings.muon_momentum)
-        # The rate is a tensor, and capturable makes Adam's counter one: a CUDA graph can read what
-        # they are at the time.
+        # The rate is a tensor, so that a CUDA graph reads what it is at the time. Without
+        # capturable torch would refuse to record Adam's step.
         self.adam = torch.optim.Adam(others, lr=torch.zeros((), device=device), fused=True,
                                      capturable=True)
         self.average_decay = torch.zeros((), device=device)
@@ -522,10 +528,14 @@ def epoch_batches(settings, epoch, n_images, device):
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, steps, seconds, root):
-    """Log the epoch, which had so many steps and seconds; write its checkpoint if it is due."""
+def end_epoch(state, steps, start, root):
+    """Log the epoch, which had so many steps; write its checkpoint if it is due.
+
+    start: when it began, by time.perf_counter, less what it took before a resume.
+    """
     settings, epoch = state.settings, len(state.log) + 1
-    check_finite(state)
+    check_finite(state)  # waits for a GPU to end the epoch's last steps
+    seconds = time.perf_counter() - start
     # Each process has summed the losses of its own share of the images. What was summed before a
     # resume is, in all of them, of the first one's share.
     if dist.is_initialized():
@@ -570,7 +580,7 @@ def train(state, images, labels, root, signals):
                     last_save = time.perf_counter()
                 take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            end_epoch(state, steps, time.perf_counter() - start, root)
+            end_epoch(state, steps, start, root)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
         if writes:
             save_state(state, root)
@@ -600,12 +610,14 @@ def training_parser():
 
 def refuse_overwriting(root):
     """Raise InputError if there is a run under root: no second run replaces its files."""
-    latest, checkpoints = root / LATEST, epoch_checkpoints(root)
-    go_on = "go on with it by --resume, " if latest.exists() else ""
-    for path in [latest, *checkpoints.values()]:
-        if path.exists():
-            raise InputError(f"{path} is of an earlier run: {go_on}remove it, or choose another "
-                             "--root")
+    latest = root / LATEST
+    if latest.exists():
+        raise InputError(f"{latest} is of an earlier run: go on with it by --resume, remove it, or "
+                         "choose another --root")
+    checkpoints = list(epoch_checkpoints(root).values())
+    if checkpoints:
+        raise InputError(f"{checkpoints[0]} is of an earlier run: remove it, or choose another "
+                         "--root")
 
 
 def start_state(args, device):
@@ -635,6 +647,9 @@ def start_processes(device):
     device = torch.device(device)
     if device.type == "cuda":
         number = dist.get_node_local_rank() if launched else device.index
+        if launched and number >= torch.cuda.device_count():
+            raise InputError(f"there are fewer GPUs, {torch.cuda.device_count()}, than processes: "
+                             "lower torchrun's --nproc_per_node")
         device = torch.device("cuda", number or 0)  # plain "cuda" has no index, and is the first
         torch.cuda.set_device(device)
     if launched:

@@ -21,8 +21,19 @@ def test_tables_of_runs_are_of_all_runs_in_the_file(name, capsys):
     assert capsys.readouterr().out == (REPOSITORY / f"docs/tables/{name}.md").read_text()
 
 
+def anchors(page):
+    """The names by which GitHub knows a page's headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_what_a_page_links_to_exists(page):
-    links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', page.read_text())
-    targets = [target for pair in links for target in pair if target and "://" not in target]
-    assert not [target for target in targets if not (page.parent / target).exists()]
+    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text())
+    links += re.findall(r'src="([^"]+)"', page.read_text())
+    for link in links:
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link

@@ -75,8 +75,8 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
 
 def test_an_animation_that_is_too_high(small_model, tmp_path, capsys):
     path = write_checkpoint(tmp_path / "x.pth", small_model, 10)
-    flags = f"--checkpoint_path {path} --labels 1 2 --n_samples 4600 --out {tmp_path}/x.gif"
-    assert "2,300 rows" in error_of(generate.main, flags.split(), capsys)
+    flags = f"--checkpoint_path {path} --labels 1 2 --n_samples 4520 --out {tmp_path}/x.gif"
+    assert "2,260 rows" in error_of(generate.main, flags.split(), capsys)  # of 65,541 pixels
     assert list(contents(tmp_path)) == [path]
 
 

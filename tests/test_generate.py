@@ -193,7 +193,8 @@ def test_labels_cycle_or_are_drawn_from_the_seed():
 
 @pytest.mark.parametrize("settings, named", [
     (dict(labels=[11]), "labels"), (dict(labels=[-1]), "labels"), (dict(n_samples=0), "labels"),
-    (dict(sampler="euler"), "sampler"), (dict(steps=0), "steps"), (dict(steps=1001), "1000")])
+    (dict(sampler="euler"), "sampler"), (dict(steps=0), "steps"), (dict(steps=1001), "1000"),
+    (dict(eta=1.5), "eta"), (dict(eta=-0.1), "eta")])
 def test_settings_that_cannot_be_are_refused(settings, named, small_model, tmp_path):
     with pytest.raises(InputError, match=named):
         generate.generate_samples(small_model, save_dir=tmp_path, **settings)

@@ -29,6 +29,19 @@ def test_muon_agrees_with_torch(monkeypatch):
         torch.testing.assert_close(kernel.flatten(1), matrix, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cpu_needs_nothing_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", None)  # on a Mac it fails
+    monkeypatch.setattr(torch.cuda, "current_stream", None)
+    kernels = kernels_of_several_shapes()
+    optimizer = Muon(kernels, 0.95)
+    optimizer.rate.fill_(0.02)
+    before = [kernel.detach().clone() for kernel in kernels]
+    for kernel in kernels:
+        kernel.grad = torch.randn_like(kernel)
+    optimizer.step()
+    assert not any(kernel.equal(old) for kernel, old in zip(kernels, before, strict=True))
+
+
 def test_orthogonalizing_keeps_directions_and_evens_out_singular_values():
     torch.manual_seed(0)
     matrices = torch.randn(3, 16, 40)

@@ -66,6 +66,16 @@ def test_an_average_follows_the_optimizer():
         torch.testing.assert_close(average[0].item(), expected)
 
 
+def test_a_rate_falls_to_0_in_a_straight_line():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.2)
+    runs.let_rate_fall(optimizer, total_steps=4)
+    weight.grad = torch.tensor(-1.0)
+    for expected in (0.2, 0.35, 0.45, 0.5):  # moved by 0.2, 0.15, 0.1 and 0.05
+        optimizer.step()
+        assert weight.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("most", [0.0, 0.9])
 def test_the_averaged_textbook_loop_is_the_same_loop(most, mnist):
     few = [values[:64] for values in mnist["train"]]

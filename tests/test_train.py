@@ -345,6 +345,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
+def test_an_epochs_seconds_are_of_its_steps_alone_and_outlast_a_stop(
+        tmp_path, small_mnist, monkeypatch):
+    clock, take_step, check_finite = SimpleNamespace(now=0), train.take_step, train.check_finite
+
+    def slow_take_step(*arguments):
+        clock.now += 10
+        take_step(*arguments)
+
+    def waiting_check(state):
+        clock.now += 1  # a GPU ends its last steps meanwhile
+        check_finite(state)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(train, "take_step", slow_take_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", stop_at(3, signal.SIGTERM))
+        run_small(tmp_path, "--n_epochs", 2)
+    clock.now += 1000
+    monkeypatch.setattr(train, "check_finite", waiting_check)
+    run_small(tmp_path, "--resume")
+    seconds = [float(row["seconds"]) for row in read_csv(tmp_path / "datas/train_log.csv")]
+    assert seconds == [42, 41]  # the first epoch was checked twice, before a save and at its end
+
+
 def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_mnist, monkeypatch):
     monkeypatch.setattr(train, "take_step", stop_at(4, signal.SIGTERM))
     assert run_small(tmp_path, "--n_epochs", 1) is None
@@ -497,9 +521,13 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
         is_torchelastic_launched=lambda: True, get_node_local_rank=lambda: 1,
         init_process_group=lambda: asked.append("group")))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train.start_processes("cuda") == torch.device("cuda:1")
     assert asked == [torch.device("cuda:1"), "group"]
     assert train.start_processes("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="fewer GPUs, 1, than processes"):
+        train.start_processes("cuda")
 
 
 @pytest.mark.parametrize("device, chosen", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
