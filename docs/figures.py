@@ -123,8 +123,8 @@ def quality_over_time():
     machine = statistics.mode(row["machine"] for row in rows)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    colors = "tab:gray", "tab:orange", "tab:green", "tab:blue"
-    places = (6, 6), (6, 6), (-40, -12), (6, 6)  # of the percentages, beside their dots
+    colors = "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:blue"
+    places = (6, 6), (6, 6), (6, 6), (-40, -12), (-40, -12)  # of the percentages, beside their dots
     for name, color, place in zip([*LOOPS, "the recipe"], colors, places, strict=True):
         judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
                   for epoch in run.epochs]

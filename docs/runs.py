@@ -2,11 +2,11 @@
 
     python docs/runs.py    eight hours or so on two CPU cores, without bfloat16 thrice as many
 
-These are runs by the recipe, by variants of it that lack one or a few of its choices, and by the
-loop that tutorials show, each with several seeds. A run that the file has is not done again. So it
+These are runs by the recipe, by variants of it that lack one or a few of its choices, and by loops
+as tutorials show them, each with several seeds. A run that the file has is not done again. So it
 can grow over several sittings, on several machines, and Ctrl-C loses no more than one run. Two
-processes can share the work if each has seeds of its own. "python docs/benchmark.py time" and
-"... recipe" print the means.
+processes can share the work if each has seeds of its own. "python docs/benchmark.py time" and "...
+recipe" print the means.
 """
 import argparse
 import copy
@@ -82,13 +82,17 @@ class Loop(NamedTuple):
     averaged: bool  # an average of the weights is judged
     cosine: bool  # the noise is that of the cosine schedule, not of the linear one
     hidden: float  # the share of labels that are hidden, as is usual for guidance
+    rate: float = 0.001  # Adam's
+    falls: bool = False  # the rate falls to 0 over the run
 
 
 TEXTBOOK = Loop(averaged=False, cosine=False, hidden=0.1)
+COSINE = Loop(averaged=True, cosine=True, hidden=0.0)
 LOOPS = {"textbook": TEXTBOOK,
          "textbook, averaged": TEXTBOOK._replace(averaged=True),
-         "textbook, averaged, cosine schedule, no label hidden": TEXTBOOK._replace(
-             averaged=True, cosine=True, hidden=0.0)}
+         "textbook, averaged, cosine schedule, no label hidden": COSINE,
+         "textbook, averaged, cosine schedule, no label hidden, a rate of 0.002 that falls":
+             COSINE._replace(rate=0.002, falls=True)}
 
 
 def cosine_t():
@@ -151,6 +155,12 @@ def keep_average(model, optimizer, max_decay):
     return average
 
 
+def let_rate_fall(optimizer, total_steps):
+    """Let the optimizer's rate fall to 0 in a straight line, over so many of its steps."""
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_steps)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+
+
 def train_textbook(settings, images, labels, loop=TEXTBOOK):
     """Yield the network after each epoch of a textbook loop, or the average of its weights.
 
@@ -160,10 +170,12 @@ def train_textbook(settings, images, labels, loop=TEXTBOOK):
     device = images.device
     torch.manual_seed(settings.seed)
     model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), loop.rate)
     judged = keep_average(model, optimizer, settings.ema_decay) if loop.averaged else model
     batches = kept_batches(images, labels, settings.batch_size)
     steps = len(images) // settings.batch_size
+    if loop.falls:
+        let_rate_fall(optimizer, settings.n_epochs * steps)
     for _ in range(settings.n_epochs):
         textbook_training(model, optimizer, batches, steps, device, has_bf16(device), loop)
         yield judged
@@ -181,7 +193,7 @@ def adam_alone(state):
 class Variant(NamedTuple):
     """What differs from the recipe: settings, what is done to the State, how soon the rates fall.
 
-    They reach 0 after as many steps as the run has, times horizon.
+    The rates reach 0 after as many steps as the run has, times horizon.
     """
     settings: dict
     change: Callable | None = None
@@ -235,10 +247,12 @@ class Run(NamedTuple):
 
 # After a change here, take the rows of what has changed out of runs.csv.
 #
-# The textbook loop's rate is constant, so one run passes through all its rows. The recipe's rates
-# fall over a run, so that each row is a run of its own. The longest is in batches of 128, in which
+# Where the rate is constant, one run passes through all of a loop's rows. Where rates fall over a
+# run, as the recipe's do, each row is a run of its own. The longest is in batches of 128, in which
 # the released weights were trained.
-OVER_TIME = [Run(name, 64, (2, 4, 8, 16)) for name in LOOPS]
+OVER_TIME = [Run(name, 64, (2, 4, 8, 16)) for name, loop in LOOPS.items() if not loop.falls]
+OVER_TIME += [Run(name, 64, (epochs,)) for name, loop in LOOPS.items() if loop.falls
+              for epochs in (4, 8)]
 OVER_TIME += [Run("the recipe", 64, (1,)), Run("the recipe", 64, (2,)), Run("the recipe", 64, (8,)),
               Run("the recipe", 128, (16,))]
 OF_CHOICES = [Run(name, 64, (2,)) for name in RECIPES]
