@@ -121,10 +121,10 @@ def quality_over_time():
     """
     mark, *rows = read_runs()
     machine = statistics.mode(row["machine"] for row in rows)
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     colors = "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:blue"
-    places = (6, 6), (6, 6), (6, 6), (-40, -12), (-40, -12)  # of the percentages, beside their dots
+    places = (6, 6), (0, 12), (9, -2), (-40, -12), (4, 6)  # of the percentages, beside their dots
     for name, color, place in zip([*LOOPS, "the recipe"], colors, places, strict=True):
         judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
                   for epoch in run.epochs]
@@ -146,7 +146,7 @@ def quality_over_time():
     label_log_axis(axes.xaxis)
     label_log_axis(axes.yaxis)
     axes.margins(0.12)
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.legend(loc="outside upper center", ncols=2)
     save_figure(figure, "time.png")
 
 
