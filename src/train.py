@@ -610,11 +610,11 @@ def training_parser():
 
 def refuse_overwriting(root):
     """Raise InputError if there is a run under root: no second run replaces its files."""
+    checkpoints = list(epoch_checkpoints(root).values())
     latest = root / LATEST
     if latest.exists():
         raise InputError(f"{latest} is of an earlier run: go on with it by --resume, remove it, or "
                          "choose another --root")
-    checkpoints = list(epoch_checkpoints(root).values())
     if checkpoints:
         raise InputError(f"{checkpoints[0]} is of an earlier run: remove it, or choose another "
                          "--root")
