@@ -5,8 +5,8 @@
 These are runs by the recipe, by variants of it that lack one or a few of its choices, and by loops
 as tutorials show them, each with several seeds. A run that the file has is not done again. So it
 can grow over several sittings, on several machines, and Ctrl-C loses no more than one run. Two
-processes can share the work if each has seeds of its own. "python docs/benchmark.py time" and "...
-recipe" print the means.
+processes can share the work if each has seeds of its own. "python docs/benchmark.py time" and
+"python docs/benchmark.py recipe" print the means.
 """
 import argparse
 import copy
