@@ -138,7 +138,7 @@ def quality_over_time():
             single = [row["fid_classifier"] for row in found]
             axes.plot([minutes[-1]] * len(single), single, ".", color=color, alpha=0.5)
             axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), place,
-                          color=color, textcoords="offset points")
+                          color=color, textcoords="offset points", bbox=dict(color="white", pad=0))
         axes.plot(minutes, distances, "o-", color=color, label=name)
     axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
     axes.set(xscale="log", yscale="log", xlabel=f"minutes of training on {machine}",

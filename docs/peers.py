@@ -9,10 +9,10 @@ docs/comparison.md has these commands for all peers.
 
 Network, loss, optimizer and sampler are the clone's own, with its settings, but for the
 predecessor's sampler, which fails. Only the loop around them is written here, because theirs end
-after epochs, not after seconds. The run has about as many
-steps as fit into the seconds, by the time that ten of them take, and a learning rate that falls
-over a run falls over these. Training is in float32, as theirs is; sampling in bfloat16 where the
-device computes in it, or some would take hours.
+after epochs, not after seconds. The run has about as many steps as fit into the seconds, by the
+time that ten of them take, and a learning rate that falls over a run falls over these. Training is
+in float32, as theirs is; sampling in bfloat16 where the device computes in it, or some would take
+hours.
 """
 import argparse
 import importlib.util

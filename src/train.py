@@ -274,9 +274,7 @@ def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
 
     An error of eps makes one of x_0 that is sigma_t / alpha_t times as large. So with weights
     of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), the squared error of the noise. It
-    differs in three things.
-
-    Large t weigh more: see Settings.loss_power.
+    differs in three things. First, large t weigh more: see Settings.loss_power.
 
     Most pixels are black, and sampling clips images. So where the target is black, a prediction
     darker than black is no error, and likewise for white: the network need not hit the edge, only
