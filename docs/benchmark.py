@@ -1,6 +1,6 @@
 """Print tables of docs/tables: speed, and what generated digits are worth.
 
-    python docs/benchmark.py training    images a second, beside a textbook loop: minutes
+    python docs/benchmark.py training    images a second, beside plain DDPM: minutes
     python docs/benchmark.py sampling    digits a second: minutes
     python docs/benchmark.py released    the released weights' metrics: minutes
     python docs/benchmark.py floors      distances among real digits: a minute
@@ -8,8 +8,8 @@
     python docs/benchmark.py samplers    distance and time of every sampler: an hour
     python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
-    python docs/benchmark.py time        digits after so many epochs, and textbook loops'
-    python docs/benchmark.py recipe      digits without one or a few choices of the recipe
+    python docs/benchmark.py time        digits after so many epochs, and baselines'
+    python docs/benchmark.py recipe      digits of ablations
 
 The times are those of two CPU cores with bfloat16. The last two tables take a moment: they are the
 means of what docs/runs.py has measured. "make tables" prints all tables into their files, "make
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import io
-import os
 import resource
 import statistics
 import sys
@@ -28,20 +27,18 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import MNIST
-from torchvision.transforms import ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import test as evaluation
+import textbook
 import train
 from common import REPOSITORY, add_device_flag, generator, has_bf16, run_script
-from generate import (CHUNK, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, load_checkpoint,
-                      noise_levels, sample, spread_labels, to_pixels)
-from runs import (METRICS, N_SAMPLES, OF_CHOICES, OVER_TIME, SEEDS, conditions, kept_batches,
-                  make_scorer, read_runs, rows_of, textbook_training, train_variant)
+from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor,
+                      load_checkpoint, noise_levels, sample, spread_labels, to_pixels)
+from runs import (METRICS, N_SAMPLES, SEEDS, conditions, make_scorer, read_runs, rows_of,
+                  train_ablation)
 from test import (classify, distort, frechet_distance, judging, latent_features,
                   load_classifier, mnist_pixels, pick_images, train_classifier)
 
@@ -136,15 +133,6 @@ def our_training(state, images, labels):
         train.take_step(state, images[batch], labels[batch], total_steps=10**6)
 
 
-def loaded_batches(batch_size):
-    """Yield batches of images in [0, 1] and labels without end, as tutorials load them."""
-    mnist = MNIST(REPOSITORY / "mnist", transform=ToTensor(), download=True)
-    loader = DataLoader(mnist, batch_size, shuffle=True, num_workers=min(4, os.cpu_count()),
-                        drop_last=True)
-    while True:
-        yield from loader
-
-
 def flops_of_an_image(state, images, labels):
     """Return the floating point operations of a training step, for each of its images."""
     with FlopCounterMode(display=False) as counter:
@@ -152,22 +140,13 @@ def flops_of_an_image(state, images, labels):
     return counter.get_total_flops() / len(images)
 
 
-def textbook_tasks(images, labels, batch_size):
-    """Return {name: function} of textbook loops, in all types that the device computes in.
-
-    On a GPU also with the images kept there: else the DataLoader decides how fast the loop is.
-    """
-    device, tasks = images.device, {}
-    loaders = {"textbook": loaded_batches(batch_size)}
-    if device.type == "cuda":
-        loaders["textbook, kept"] = kept_batches(images, labels, batch_size)
-    for loader, batches in loaders.items():
-        for number_type in ("float32", "bfloat16") if has_bf16(device) else ("float32",):
-            model = train.SimpleUnet().to(device, memory_format=torch.channels_last)
-            tasks[f"{loader} {number_type}"] = functools.partial(
-                textbook_training, model, torch.optim.Adam(model.parameters(), 1e-3), batches,
-                TRAINING_STEPS, device, number_type == "bfloat16")
-    return tasks
+def textbook_training(images, labels, batch_size):
+    """Return a function that takes TRAINING_STEPS steps as docs/textbook.py does."""
+    model = train.SimpleUnet().to(images.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    n = TRAINING_STEPS * batch_size
+    return functools.partial(textbook.train_epoch, model, optimizer, images[:n], labels[:n],
+                             batch_size)
 
 
 def saving_time(state):
@@ -179,26 +158,26 @@ def saving_time(state):
 
 
 def training_speed(device, batch_size=128):
-    """Print images a second of training, beside textbook loops and a matrix product."""
+    """Print images a second of training, beside plain DDPM and a matrix product."""
     images, labels = train.load_mnist("train", device=device)
     state = train.State(train.Settings(batch_size=batch_size), device)
     flops = flops_of_an_image(state, images[:batch_size], labels[:batch_size])
     ours = functools.partial(our_training, state, images, labels)
     ours()
-    memory = peak_memory(device)  # before the textbook loops add their own
+    memory = peak_memory(device)  # before the baseline adds its own
     n = batch_size * TRAINING_STEPS
-    textbooks = textbook_tasks(images, labels, batch_size)
-    tasks = {name: (task, n, "images") for name, task in {"training": ours, **textbooks}.items()}
     side, products = (16384, 1) if device.type == "cuda" else (2048, 5)  # enough for full speed
     matrix = torch.randn(side, side, device=device).to(
         torch.bfloat16 if has_bf16(device) else torch.float32)
-    tasks[f"product of two {side} x {side} matrices"] = (
-        lambda: [matrix @ matrix for _ in range(products)], products * 2 * side**3 / 1e9, "GFLOP")
+    tasks = {"training": (ours, n, "images"),
+             "plain DDPM": (textbook_training(images, labels, batch_size), n, "images"),
+             f"product of two {side} x {side} matrices": (
+                 lambda: [matrix @ matrix for _ in range(products)],
+                 products * 2 * side**3 / 1e9, "GFLOP")}
     print(f"Batches of {batch_size}.\n")
-    *measured, product = rates(tasks, device).values()
-    for name, values in zip(textbooks, measured[1:], strict=True):
-        print(f"Training is {ratio(measured[0], values):.2f} times as fast as the {name} loop.")
-    share = ratio(measured[0], product) * flops / 1e9
+    measured, plain, product = rates(tasks, device).values()
+    print(f"Training is {ratio(measured, plain):.2f} times as fast as plain DDPM.")
+    share = ratio(measured, product) * flops / 1e9
     print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes {share:.0%} of the matrix "
           f"product's rate.\nThe peak of memory is {memory:.0f} MiB.")
     saving = saving_time(state)
@@ -210,20 +189,20 @@ def training_speed(device, batch_size=128):
 def sampling_speed(device, checkpoint_path=RELEASED):
     """Print digits a second of the default sampler, and of its predictions alone."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    digits = 10 * CHUNK
+    digits = 10 * CHUNK_SIZE
     steps = SAMPLERS[DEFAULT_SAMPLER].steps
     labels = torch.arange(digits) % 10
     levels = noise_levels(model.config["time_steps"], steps)
-    predict_x_0 = clean_image_predictor(model, labels[:CHUNK].to(device), guidance=1)
+    predict_x_0 = clean_image_predictor(model, labels[:CHUNK_SIZE].to(device), guidance=1)
     size, channels = model.config["image_size"], model.config["channels"]
-    x_t = torch.randn(CHUNK, channels, size, size, device=device)
+    x_t = torch.randn(CHUNK_SIZE, channels, size, size, device=device)
 
     def predictions():
-        for chunk in range(digits // CHUNK):
-            for t, a, _ in levels:
-                predict_x_0(x_t, t, a)
+        for chunk in range(digits // CHUNK_SIZE):
+            for level in levels[:-1]:
+                predict_x_0(x_t, *level)
 
-    print(f"{digits:,} digits in {steps} steps, {CHUNK} of them together.\n")
+    print(f"{digits:,} digits in {steps} steps, {CHUNK_SIZE} of them together.\n")
     measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
                       "its predictions alone": (predictions, digits, "digits")}, device)
     share = ratio(measured["sampling"], measured["its predictions alone"])
@@ -272,22 +251,22 @@ GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
 def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS):
     """Print what digits are worth at several strengths of guidance."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    labels, score, mark = make_scorer(device, n_samples)
+    labels, score, real = make_scorer(device, n_samples)
     print(f"{n_samples:,} digits, {seeds} seeds.\n")
     print_header("guidance", *QUALITY)
     for guidance in GUIDANCE:
         print_row(guidance, *quality_cells([
             score(sample(model, labels, seed=seed, guidance=guidance)[-1])
             for seed in range(seeds)]))
-    print_row("training images", *quality_cells([mark]))
+    print_row("training images", *quality_cells([real]))
 
 
 def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS,
                   steps=(5, 12, 20, 50)):
     """Print the Frechet distance, and the seconds for 1,000 digits, of every sampler."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    labels, score, mark = make_scorer(device, n_samples)
-    sample(model, labels[:CHUNK])  # warm up
+    labels, score, real = make_scorer(device, n_samples)
+    sample(model, labels[:CHUNK_SIZE])  # warm up
 
     def cell(sampler, n_steps):
         distances, times = [], []
@@ -299,7 +278,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEED
         return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
 
     print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds, and seconds for 1,000. As "
-          f"many training images have {mark['fid_classifier']:.4f}.\n")
+          f"many training images have {real['fid_classifier']:.4f}.\n")
     print_header("sampler", *(f"{n_steps} steps" for n_steps in steps))
     for name in SAMPLERS:
         print_row(name, *(cell(name, n_steps) for n_steps in steps))
@@ -363,7 +342,7 @@ LOOKS = {"as they are": lambda images: images, "slightly distorted": slightly_di
 def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
     """Print how often a network tells digits from real ones, looked at in three ways.
 
-    The mark is of training images against test images. 50 % would be guessing.
+    The last line is of training images against test images. 50 % would be guessing.
     """
     images, labels = train.load_mnist("train", device=device)
     real, real_labels = train.load_mnist("test", device=device)
@@ -375,16 +354,16 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
     def of_a_short_run(name):
         def made(seed):
             settings = train.Settings(n_epochs=2, batch_size=64, seed=seed)
-            *_, average = train_variant(name, settings, images, labels)
-            return generated(average, seed)
+            *_, trained = train_ablation(name, settings, images, labels)
+            return generated(trained[name], seed)
         return made
 
     released, _ = load_checkpoint(checkpoint_path, device)
     rows = {
         "training images": lambda seed: pick_images(images, labels, wanted),
-        "two epochs of the recipe": of_a_short_run("the recipe"),
-        "the same, but darker than black is an error, too": of_a_short_run(
-            "what is darker than black is an error, too"),
+        "two epochs of the recipe": of_a_short_run("recipe"),
+        "the same without the clamp": of_a_short_run(
+            "no_clamp"),
         checkpoint_path.stem: functools.partial(generated, released),
     }
     print(f"{len(real):,} digits of a kind and as many test images, of which a fifth is asked for; "
@@ -400,37 +379,63 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
 
 
 # ---- short runs ----
-def time_table():
-    """Print what digits are worth after more and more epochs, and how long these took."""
-    mark, *rows = read_runs()
-    runs = [(run, epoch, rows_of(rows, run, epoch)) for run in OVER_TIME for epoch in run.epochs]
-    shown = [row for *_, found in runs for row in found]
-    machines = sorted({row["machine"] for row in shown})
-    print_conditions(shown)
+# Of each table of runs: what is trained, in batches of how many, for how many epochs.
+OVER_TIME = {
+    "A: plain DDPM": [("A", 64, epochs) for epochs in (2, 4, 8, 16)],
+    "B: A with EMA": [("B", 64, epochs) for epochs in (2, 4, 8, 16)],
+    "C: B with the cosine schedule, without label dropout": [
+        ("C", 64, epochs) for epochs in (2, 4, 8, 16)],
+    "D: C with a learning rate of 0.002 that decays": [("D", 64, epochs) for epochs in (4, 8)],
+    "the recipe": [("recipe", 64, 1), ("recipe", 64, 2), ("recipe", 64, 8), ("recipe", 128, 16)],
+}
+OF_ABLATIONS = {
+    "the recipe": [("recipe", 64, 2), ("recipe", 64, 1)],
+    "no clamp: darker than black is an error": [("no_clamp", 64, 2), ("no_clamp", 64, 1)],
+    "no model guidance": [("no_guidance", 64, 2), ("no_guidance", 64, 1)],
+    "no model guidance, t nearly uniform": [("no_guidance_uniform_t", 64, 2)],
+    "no model guidance, t nearly uniform, DDPM's loss": [("ddpm_loss", 64, 2)],
+    "DDPM's weights of t": [("no_loss_power", 64, 2), ("no_loss_power", 64, 1)],
+    "no gradient clipping": [("no_clipping", 64, 2), ("no_clipping", 64, 1)],
+    "Adam at 0.001 for all": [("adam_0.001", 64, 2)],
+    "Adam at 0.002 for all": [("adam_0.002", 64, 2)],
+    "Adam at 0.005 for all": [("adam_0.005", 64, 2)],
+    "no EMA": [("no_ema", 64, 2)],
+    "no learning rate decay": [("no_decay", 64, 2)],
+    "the first half of a run": [("half_run", 64, 2)],
+    "the first half of a run, no EMA": [("half_run_no_ema", 64, 2)],
+    "label dropout 0.1": [("label_dropout_0.1", 64, 2)],
+}
+
+
+def runs_table(shown):
+    """Print the metrics and times of short runs; shown: {what: [(name, batch size, epochs)]}."""
+    real, *rows = read_runs()
+    found = [(what, epochs, batch_size, rows_of(rows, name, batch_size, epochs))
+             for what, runs in shown.items() for name, batch_size, epochs in runs]
+    measured = [row for *_, of_run in found for row in of_run]
+    machines = sorted({row["machine"] for row in measured})
+    print_conditions(measured)
     print(f"{N_SAMPLES:,} digits of each run; docs/tables/runs.csv has all runs.\n")
     print_header("training", "epochs", "batch", "seeds",
                  *(f"seconds, {machine}" for machine in machines), *QUALITY)
-    for run, epoch, found in runs:
-        if found:
-            times = ([float(row["seconds"]) for row in found if row["machine"] == machine]
+    for what, epochs, batch_size, of_run in found:
+        if of_run:
+            times = ([float(row["seconds"]) for row in of_run if row["machine"] == machine]
                      for machine in machines)
-            print_row(run.name, epoch, run.batch_size, len(found),
+            print_row(what, epochs, batch_size, len(of_run),
                       *(with_deviation(values, ".0f") if values else "" for values in times),
-                      *quality_cells(found))
-    print_row("training images", "", "", "", *("" for _ in machines), *quality_cells([mark]))
+                      *quality_cells(of_run))
+    print_row("training images", "", "", "", *("" for _ in machines), *quality_cells([real]))
+
+
+def time_table():
+    """Print what digits are worth after more and more epochs, and how long these took."""
+    runs_table(OVER_TIME)
 
 
 def recipe_table():
     """Print what digits are worth without one or a few choices of the recipe."""
-    mark, *rows = read_runs()
-    runs = [(run, rows_of(rows, run, run.epochs[-1])) for run in OF_CHOICES]
-    print_conditions([row for _, found in runs for row in found])
-    print(f"Batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/runs.csv has all runs.\n")
-    print_header("", "epochs", "seeds", *QUALITY)
-    for run, found in runs:
-        if found:
-            print_row(run.name, run.epochs[-1], len(found), *quality_cells(found))
-    print_row("training images", "", "", *quality_cells([mark]))
+    runs_table(OF_ABLATIONS)
 
 
 # ---- command line ----

@@ -20,7 +20,8 @@ import train
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels)
-from runs import LOOPS, OVER_TIME, read_runs, rows_of
+from benchmark import OVER_TIME
+from runs import read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
@@ -49,8 +50,8 @@ def way_from_noise(model, steps=36):
     def show(x_t, x_0):
         frames.append(draw_grid(to_pixels(torch.cat([x_t, x_0])), 10).quantize(16))
 
-    def predict_and_show(x_t, t, a):
-        x_0 = predict_x_0(x_t, t, a)
+    def predict_and_show(x_t, *level):
+        x_0 = predict_x_0(x_t, *level)
         show(x_t, x_0)
         return x_0
 
@@ -114,22 +115,21 @@ def mean_of(rows, column):
 
 
 def quality_over_time():
-    """Frechet distance and accuracy against the time of training: the recipe, textbook loops.
+    """Frechet distance and accuracy against the time of training: the recipe and the baselines.
 
     The minutes are those of the machine that most runs were done on, and what was not timed there
     is left out. Distances are means over the runs on all machines.
     """
-    mark, *rows = read_runs()
+    real, *rows = read_runs()
     machine = statistics.mode(row["machine"] for row in rows)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     colors = "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:blue"
     places = (6, 6), (0, 12), (9, -2), (-40, -12), (4, 6)  # of the percentages, beside their dots
-    for name, color, place in zip([*LOOPS, "the recipe"], colors, places, strict=True):
-        judged = [rows_of(rows, run, epoch) for run in OVER_TIME if run.name == name
-                  for epoch in run.epochs]
+    for (what, runs), color, place in zip(OVER_TIME.items(), colors, places, strict=True):
         minutes, distances = [], []
-        for found in judged:
+        for run in runs:
+            found = rows_of(rows, *run)
             timed = [row for row in found if row["machine"] == machine]
             if not timed:
                 continue
@@ -139,8 +139,8 @@ def quality_over_time():
             axes.plot([minutes[-1]] * len(single), single, ".", color=color, alpha=0.5)
             axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), place,
                           color=color, textcoords="offset points", bbox=dict(color="white", pad=0))
-        axes.plot(minutes, distances, "o-", color=color, label=name)
-    axes.axhline(mark["fid_classifier"], color="black", linestyle="--", label="training images")
+        axes.plot(minutes, distances, "o-", color=color, label=what)
+    axes.axhline(real["fid_classifier"], color="black", linestyle="--", label="training images")
     axes.set(xscale="log", yscale="log", xlabel=f"minutes of training on {machine}",
              ylabel="Frechet distance")
     label_log_axis(axes.xaxis)

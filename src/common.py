@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import os
-import pickle
 import sys
 import tempfile
 import textwrap
@@ -19,43 +18,45 @@ REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released we
 
 
 # ---- errors ----
-class InputError(Exception):
-    """Bad input from outside, a flag or a file. Its text is one line: what is wrong, what to do."""
+class UserError(Exception):
+    """Something that the user has to mend. Its text is one line: what is wrong, what to do."""
 
 
 def run_script(main):
-    """Call a script's main() and end the process with the exit code that it returns.
+    """Call a script's main() and exit with the code that it returns.
 
-    This is the one place where an InputError becomes a line on stderr and an exit code of 1.
+    A UserError becomes one line on stderr and an exit code of 1.
     """
     try:
-        code = main()
-        sys.stdout.flush()
-    except InputError as error:
+        sys.exit(main())
+    except UserError as error:
         sys.exit(str(error))
-    except BrokenPipeError:  # the program that reads our output, "head" for one, has ended
-        # Python flushes once more at its end, and must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(code)
 
 
 @contextlib.contextmanager
-def blaming(path, advice):
-    """Turn any error in the block into an InputError that names the path and what to do.
+def explain_read_errors(path, advice):
+    """Turn any error in the block into a UserError that names the path and what to do.
 
-    A damaged or foreign file can raise nearly anything. So nearly all is taken for the file's
-    fault, and only what depends on the file belongs in the block.
+    A damaged file can raise nearly anything, so only what reads the file belongs in the block.
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename} does not exist: {advice}") from error
+        raise UserError(f"{error.filename} does not exist: {advice}") from error
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise InputError(f"{path} cannot be read ({reason}): {advice}") from error
+        # the first sentence: in torch's next one it says how to execute a hostile file after all
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}".split(". ")[0], 200)
+        raise UserError(f"{path} cannot be read ({reason}): {advice}") from error
+
+
+@contextlib.contextmanager
+def explain_write_errors(path):
+    """Turn an OSError in the block, a full disk for example, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
+                        "another place; no old file is lost") from error
 
 
 # ---- devices and random numbers ----
@@ -72,10 +73,10 @@ PURPOSES = ["order", "step", "samples", "evaluation"]  # their places are part o
 
 
 def seed_for(purpose, seed, *numbers):
-    """Return a seed of 64 bits for one purpose: say, for step n of the run with this seed.
+    """Return a seed for one purpose: step n of the run with this seed, for example.
 
-    Nothing depends on what was drawn before it. So a resumed run draws what an uninterrupted one
-    would have drawn.
+    Nothing depends on what was drawn before, so a resumed run draws what an uninterrupted one would
+    have drawn.
     """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()
@@ -84,41 +85,31 @@ def seed_for(purpose, seed, *numbers):
 def generator(device, *key):
     """Return a torch.Generator on the device, seeded by seed_for(*key).
 
-    Its draws depend on the key and on the kind of device: a GPU draws other numbers than a CPU.
+    A GPU draws other numbers than a CPU.
     """
     return torch.Generator(device).manual_seed(seed_for(*key))
 
 
 # ---- files ----
-@contextlib.contextmanager
-def writing(path):
-    """Turn an OSError in the block, which writes path, into an InputError: a full disk, say."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
-                         "another place; no old file is lost") from error
-
-
 def prepare_folder(folder):
-    """Make the folder, and raise InputError if no file can be made in it.
+    """Make the folder. Raises UserError where no file can be made in it.
 
     A script calls this before its work, so that the work is not lost for want of a place.
     """
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
-    """Open a file that takes path's place once it is whole.
+    """Open a temporary file that replaces path once it is whole.
 
-    Whoever reads path, at whatever moment, finds the old content or the new. Raises InputError,
-    with the old file as it was, where path cannot be written.
+    A reader of path finds the old content or the new, never half of it. Raises UserError where path
+    cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, mode) as file:
@@ -132,26 +123,26 @@ def replacing(path, mode="wb"):
 
 def save_tensors(path, content):
     """Write plain types and tensors, as torch.save does."""
-    # into memory first, because torch.save itself does not say that a disk is full
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save itself does not report a full disk
     torch.save(content, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
 
 
-def load_tensors(path):
-    """Return what save_tensors wrote, on the CPU. Nothing in the file is executed.
+def load_tensors(path, keys, advice):
+    """Return the dict that save_tensors wrote, on the CPU. Nothing in the file is executed.
 
-    Raises whatever a missing, damaged or foreign file leads to: see blaming.
+    Raises UserError, which ends with the advice, where the file is missing or damaged or where one
+    of the keys is not in it.
     """
-    with zipfile.ZipFile(path) as file:
-        # torch.load does not look at the check sums: a flipped bit would be taken for a weight
-        if file.testzip():
-            raise ValueError("a check sum is wrong")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text says how to execute the file after all
-        raise ValueError("it holds more than plain types and tensors") from None
+    with explain_read_errors(path, advice):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load would take a flipped bit for a weight
+                raise ValueError("a check sum is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for key in keys:
+            content[key]
+    return content
 
 
 def write_csv(path, rows):
@@ -165,9 +156,7 @@ def write_csv(path, rows):
 def epoch_checkpoints(root):
     """Return {N: path} of the files checkpoints/diffusion_epoch_{N}.pth under root, by rising N."""
     found = {}
-    with blaming(root, "choose another --root"):
-        paths = list(root.glob("checkpoints/diffusion_epoch_*.pth"))
-    for path in paths:
+    for path in root.glob("checkpoints/diffusion_epoch_*.pth"):
         epoch = path.stem.removeprefix("diffusion_epoch_")
         if epoch.isdecimal():
             found[int(epoch)] = path
@@ -218,9 +207,9 @@ def make_parser(description):
 
 
 def refuse_contradictions(args, config, path):
-    """Raise InputError for a flag that says otherwise than the config of the file at path."""
+    """Raise UserError for a flag that says otherwise than the config of the file at path."""
     for name, value in config.items():
         given = getattr(args, name, None)
         if given not in (None, value):
-            raise InputError(f"--{name} {given} contradicts {path}, which was made with --{name} "
-                             f"{value}")
+            raise UserError(f"--{name} {given} contradicts {path}, which was made with --{name} "
+                            f"{value}")

@@ -2,7 +2,7 @@
 
     python src/test.py                      every checkpoint: a table, datas/metrics.csv, pictures
     python src/test.py --digits FILE.npz    digits from anywhere, by the same judge
-    python src/test.py --train_classifier   make checkpoints/classifier.pth, the judge's eyes, anew
+    python src/test.py --train_classifier   make the judge, checkpoints/classifier.pth, anew
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
@@ -11,7 +11,6 @@ import itertools
 import math
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, add_flag, blaming, bounded, generator, has_bf16,
-                    label_log_axis, load_tensors, make_parser, prepare_folder,
+from common import (REPOSITORY, UserError, add_flag, bounded, explain_read_errors, generator,
+                    has_bf16, label_log_axis, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
                       load_checkpoint, sample, spread_labels)
@@ -31,7 +30,7 @@ from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, impl
                    signal_and_noise)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
-PART = 1000  # images that are looked at together
+BATCH = 1000  # images that are evaluated together
 
 
 # ---- classifier ----
@@ -93,10 +92,10 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, exact=Fa
 
 
 def load_classifier(device):
-    """Return the Classifier, ready to predict. Raises InputError where it is missing or damaged."""
+    """Return the Classifier, ready to predict. Raises UserError where it is missing or damaged."""
     classifier = Classifier()
-    with blaming(CLASSIFIER, "make it anew by 'python src/test.py --train_classifier'"):
-        classifier.load_state_dict(load_tensors(CLASSIFIER))
+    classifier.load_state_dict(load_tensors(
+        CLASSIFIER, ["head.weight"], "make it anew by 'python src/test.py --train_classifier'"))
     return classifier.to(device).eval().requires_grad_(False)
 
 
@@ -106,13 +105,13 @@ def mnist_pixels(images):
 
     Channels are averaged; what is not of 28 x 28 pixels is resized with antialiasing.
     """
-    grey = [resize(part.float().mean(dim=1, keepdim=True), [28, 28]) for part in images.split(PART)]
-    return torch.cat(grey).flatten(1) / 127.5 - 1
+    parts = [part.float().mean(dim=1, keepdim=True) for part in images.split(BATCH)]
+    return torch.cat([resize(part, [28, 28]) for part in parts]).flatten(1) / 127.5 - 1
 
 
 def classify(classifier, pixels):
-    """Return the features (N, 128) of pixels (N, 784), and the digits (N,) that are read."""
-    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(PART)]
+    """Return the features (N, 128) of pixels (N, 784), and the digits (N,) that it reads."""
+    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(BATCH)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
 
@@ -124,11 +123,16 @@ def latent_features(model, images):
     """
     t = torch.zeros(1, dtype=torch.int64, device=images.device)
     scale_shifts = model.embed(t, t + NULL_LABEL)
-    parts = [model.encode(part / 127.5 - 1, scale_shifts)[0] for part in images.split(PART)]
+    parts = [model.encode(part / 127.5 - 1, scale_shifts)[0] for part in images.split(BATCH)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
 # ---- metrics ----
+def share(condition):
+    """Return how much of the boolean tensor is true."""
+    return condition.double().mean().item()
+
+
 def frechet_distance(a, b):
     """Return the squared Frechet distance of Gaussians fitted to a (N, D) and b (M, D).
 
@@ -147,7 +151,7 @@ def frechet_distance(a, b):
 
 def kth_nearest(points, others, k=1):
     """Return (distances, indices), each (N,): points' (N, D) k-th nearest of others (M, D)."""
-    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(PART)]
+    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(BATCH)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
 
@@ -161,17 +165,16 @@ def share_inside(points, centres, k=3):
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
-    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(PART)]
-    return torch.cat(inside).double().mean().item()
+    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(BATCH)]
+    return share(torch.cat(inside))
 
 
 def noise_mse(model, images, labels, batch_size=256):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
-    The clean image that the noise implies is clipped first, as in sampling. The error that then
-    remains in it, times alpha_t / sigma_t, is one of the noise again. The t, spread evenly over the
-    images, and the noise are drawn on the CPU, and the network runs in float32: the same for every
-    checkpoint and machine.
+    The predicted clean image is clipped, as in sampling, and its error is scaled back to a noise
+    error by alpha_t / sigma_t. The t, spread evenly over 0..T-1, and the noise are drawn on the
+    CPU, and the network runs in float32: the same for every checkpoint and machine.
     """
     rng = generator("cpu", "evaluation", 0)
     t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
@@ -200,53 +203,51 @@ def judging():
         yield
 
 
-class Described(NamedTuple):
-    """What a Judge needs to know of N images."""
-    features: torch.Tensor  # (N, 128), the classifier's
-    digits: torch.Tensor  # (N,), as the classifier reads them
-    distances: torch.Tensor  # (N,), in pixels, to the nearest training image
-    nearest: torch.Tensor  # (N,), its index
-
-
 class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
     train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    nearer to some training image than 99 % of the test images of its digit are; which digit a
-    generated image is, the classifier reads. Each digit has its own threshold, because ones lie
-    much nearer to each other than eights.
+    closer to a training image than 99 % of test digits of its class are. Each class has its own
+    threshold, because ones lie much closer to each other than eights.
     """
 
     def __init__(self, classifier, train, test):
         self.classifier = classifier
         self.train_images, self.train_labels = train
         self.test_images, self.test_labels = test
-        self.train_pixels = mnist_pixels(self.train_images)
-        self.real = self.describe(self.test_images)
+        self.train_pixels, test_pixels = mnist_pixels(train[0]), mnist_pixels(test[0])
+        self.test_features, _ = classify(classifier, test_pixels)
+        distances, _ = kth_nearest(test_pixels, self.train_pixels)
         self.thresholds = torch.stack([
-            self.real.distances[self.test_labels == digit].quantile(0.01) for digit in range(10)])
+            distances[self.test_labels == digit].quantile(0.01) for digit in range(10)])
+        self.test_copies = share(distances < self.thresholds[self.test_labels])  # about 1 %
 
-    def describe(self, images):
-        """Return the Described of images (N, C, H, W) uint8."""
-        pixels = mnist_pixels(images)
-        return Described(*classify(self.classifier, pixels),
-                         *kth_nearest(pixels, self.train_pixels))
-
-    def scores(self, made, labels=None):
-        """Return the metrics of Described digits; without the labels (N,) no accuracy."""
-        scores = dict(
-            fid_classifier=frechet_distance(made.features, self.real.features),
-            precision=share_inside(made.features, self.real.features),
-            recall=share_inside(self.real.features, made.features),
-            copies=(made.distances < self.thresholds[made.digits]).double().mean().item())
+    def scores(self, images, labels=None):
+        """Return the metrics of images (N, C, H, W) uint8; without labels (N,) no accuracy."""
+        features, digits = classify(self.classifier, mnist_pixels(images))
+        scores = dict(fid_classifier=frechet_distance(features, self.test_features),
+                      precision=share_inside(features, self.test_features),
+                      recall=share_inside(self.test_features, features))
         if labels is not None:
-            scores["accuracy"] = (made.digits == labels).double().mean().item()
+            scores["accuracy"] = share(digits == labels)
         return scores
 
-    def closest_pairs(self, images, made):
-        """Return the ten images that are most like copies, followed by their training images."""
-        closest = (made.distances / self.thresholds[made.digits]).argsort()[:10]
-        return torch.cat([images[closest], self.train_images[made.nearest[closest]]])
+    def find_copies(self, images):
+        """Return the share of copies and ten closest pairs, of images (N, C, H, W) uint8.
+
+        The pairs (20, C, H, W): the ten images most like copies, then their training images. The
+        class of an image is what the classifier reads.
+        """
+        pixels = mnist_pixels(images)
+        _, digits = classify(self.classifier, pixels)
+        distances, nearest = kth_nearest(pixels, self.train_pixels)
+        ratios = distances / self.thresholds[digits]
+        closest = ratios.argsort()[:10]
+        return share(ratios < 1), torch.cat([images[closest], self.train_images[nearest[closest]]])
+
+    def real_digits(self, labels):
+        """Return the first training images of each digit, as many as in labels (N,), in order."""
+        return pick_images(self.train_images, self.train_labels, labels)
 
 
 def make_judge(image_size, channels, device):
@@ -259,18 +260,6 @@ def pick_images(images, labels, wanted):
     """Return the first images of each digit, as many as there are in wanted (N,), in order."""
     counts = wanted.bincount(minlength=10).tolist()
     return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
-
-
-def mark_row(judge, images, labels):
-    """Return the mark: the metrics of these training images.
-
-    Every training image is a copy of itself, so copies are counted among the test images instead.
-    By the choice of the thresholds they are about 1 %.
-    """
-    scores = judge.scores(judge.describe(images), labels)
-    are_copies = judge.real.distances < judge.thresholds[judge.test_labels]
-    scores["copies"] = are_copies.double().mean().item()
-    return dict(epoch="real", seed=None, mse=math.nan, **scores)
 
 
 # ---- output ----
@@ -300,10 +289,10 @@ def print_rows(first, rows):
         print_line("+-", {name: format(std, FORMATS[name]) for name, std in deviations.items()})
 
 
-def plot_metrics(path, mark, evaluations):
+def plot_metrics(path, real, evaluations):
     """Draw MSE and Frechet distances against the epoch.
 
-    mark: mark_row's row; evaluations: a list of rows for each epoch.
+    real: the row of real digits; evaluations: a list of rows for each epoch.
     """
     epochs = [rows[0]["epoch"] for rows in evaluations]
     means, deviations = zip(*map(mean_and_std, evaluations), strict=True)
@@ -319,7 +308,7 @@ def plot_metrics(path, mark, evaluations):
         if name != "mse":
             axes.set_yscale("log")
             label_log_axis(axes.yaxis, multiples=(1, 2, 3, 4, 6, 8))
-            axes.axhline(mark[name], ls="--", color="grey", label="training images")
+            axes.axhline(real[name], ls="--", color="grey", label="training images")
             axes.legend()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -329,7 +318,7 @@ def plot_metrics(path, mark, evaluations):
 def load_models(args, device):
     """Return [(path, model, epoch)] of the checkpoints that the flags ask for.
 
-    Raises InputError where one is damaged, or of another form than the last or than the flags say.
+    Raises UserError where one is damaged, or of another form than the last or than the flags say.
     """
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     found = []
@@ -340,18 +329,18 @@ def load_models(args, device):
     refuse_contradictions(args, last_model.config, last_path)
     for path, model, _ in found:
         if model.config != last_model.config:
-            raise InputError(f"{path} is of another form than {last_path}: evaluate it apart, by "
+            raise UserError(f"{path} is of another form than {last_path}: evaluate it apart, by "
                              "--checkpoint_path and another --root")
     return found
 
 
-def write_results(datas, mark, evaluations, **conditions):
-    """Write metrics.csv, with a row for the mark and for each seed, and metrics.png."""
+def write_results(datas, real, evaluations, **conditions):
+    """Write metrics.csv, with a row for real digits and for each seed, and metrics.png."""
     columns = ["epoch", "seed", *FORMATS]
-    rows = [mark, *itertools.chain(*evaluations)]
+    rows = [real, *itertools.chain(*evaluations)]
     write_csv(datas / "metrics.csv", [{name: row[name] for name in columns} | conditions
                                       for row in rows])
-    plot_metrics(datas / "metrics.png", mark, evaluations)
+    plot_metrics(datas / "metrics.png", real, evaluations)
 
 
 def evaluate_checkpoints(args, device):
@@ -364,54 +353,55 @@ def evaluate_checkpoints(args, device):
     datas = args.root / "datas"
     prepare_folder(datas)
     judge = make_judge(last_model.config["image_size"], last_model.config["channels"], device)
-    real_latents = latent_features(last_model, judge.test_images)
+    test_latents = latent_features(last_model, judge.test_images)
     labels = spread_labels(judge.test_labels, args.n_samples)
 
-    def fid_latent(images):
-        return frechet_distance(latent_features(last_model, images), real_latents)
+    def score(images):
+        distance = frechet_distance(latent_features(last_model, images), test_latents)
+        return dict(fid_latent=distance, **judge.scores(images, labels))
 
     print(f"{args.n_samples:,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps; seeds: "
           f"{args.seeds}; latent space: {last_path}")
     print_line("epoch", {name: name for name in FORMATS})
-    real_images = pick_images(judge.train_images, judge.train_labels, labels)
-    mark = dict(fid_latent=fid_latent(real_images), **mark_row(judge, real_images, labels))
-    print_rows("real", [mark])
+    # Each training image is a copy of itself, so copies are counted among the test images.
+    real = dict(epoch="real", seed=None, mse=math.nan, copies=judge.test_copies,
+                **score(judge.real_digits(labels)))
+    print_rows("real", [real])
     evaluations = []
     for _, model, epoch in models:
         mse = noise_mse(model, judge.test_images, judge.test_labels, args.batch_size)
         rows = []
         for seed in range(args.seed, args.seed + args.seeds):
             images = sample(model, labels, seed=seed)[-1].to(device)
-            made = judge.describe(images)
-            rows.append(dict(epoch=epoch, seed=seed, mse=mse, fid_latent=fid_latent(images),
-                             **judge.scores(made, labels)))
+            copies, pairs = judge.find_copies(images)
+            rows.append(dict(epoch=epoch, seed=seed, mse=mse, copies=copies, **score(images)))
         evaluations.append(rows)
-        write_results(datas, mark, evaluations, n_samples=args.n_samples, latent_epoch=last_epoch)
-        # of the last seed's digits
-        with replacing(datas / f"metrics_closest_{epoch}.png") as file:
-            draw_grid(judge.closest_pairs(images, made).cpu(), 10).save(file, format="png")
+        write_results(datas, real, evaluations, n_samples=args.n_samples, latent_epoch=last_epoch)
+        with replacing(datas / f"metrics_closest_{epoch}.png") as file:  # of the last seed
+            draw_grid(pairs.cpu(), 10).save(file, format="png")
         print_rows(epoch, rows)
     print(f"{datas}: metrics.csv, metrics.png and, for each epoch, metrics_closest_{{epoch}}.png")
 
 
 # ---- digits from anywhere ----
-MOST = 50_000  # digits at a time: the mark needs as many training images of each digit
+MAX_DIGITS = 50_000  # the row of real digits needs as many training images of each digit
 
 
 def load_digits(path):
     """Return (images (N, C, H, W) uint8, labels (N,) int64 or None) of an .npz file.
 
-    Nothing in the file is executed. Raises InputError where it is missing, damaged or of another
+    Nothing in the file is executed. Raises UserError where it is missing, damaged or of another
     form than the advice below says.
     """
-    with blaming(path, "it must be an .npz file with arr_0, images (N, H, H) or (N, H, H, C) of "
-                 "uint8, and maybe arr_1, their labels (N,) from 0 to 9"):
+    with explain_read_errors(path, "it must be an .npz file with arr_0, images (N, H, H) or "
+                             "(N, H, H, C) of uint8, and maybe arr_1, their labels (N,) from 0 to "
+                             "9"):
         zipfile.ZipFile(path).close()  # what is no archive, np.load would take for a pickle
         with np.load(path) as file:
             images, labels = file["arr_0"], file.get("arr_1")
+        shape = images.shape
         if images.dtype != np.uint8:
             raise ValueError(f"arr_0 is of {images.dtype}")
-        shape = images.shape
         if not (len(shape) in (3, 4) and shape[1] == shape[2] and shape[1] in range(4, 257)
                 and shape[3:] in ((), (1,), (3,))):
             raise ValueError(f"arr_0 has the shape {shape}")
@@ -421,25 +411,25 @@ def load_digits(path):
                 raise ValueError(f"arr_1 is of {labels.dtype} and has the shape {labels.shape}")
             if labels.min() < 0 or labels.max() > 9:
                 raise ValueError(f"arr_1 goes from {labels.min()} to {labels.max()}")
-    if not 2000 <= n <= MOST:
-        raise InputError(f"{path} holds {n:,} digits: from 2,000 to {MOST:,} can be compared")
+    if not 2000 <= n <= MAX_DIGITS:
+        raise UserError(f"{path} holds {n:,} digits: from 2,000 to {MAX_DIGITS:,} can be compared")
     images = torch.from_numpy(images).reshape(n, size, size, -1).permute(0, 3, 1, 2)
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
-def fitting_labels(labels, real_labels):
-    """Return labels in the proportions of real_labels, as many as labels has digits for."""
+def fitting_labels(labels, test_labels):
+    """Return labels in the proportions of test_labels, as many as labels has digits for."""
     counts = labels.bincount(minlength=10)
     # spread_labels rounds the count of each digit by less than one. So no n above this one fits.
-    share = ((counts + 1) / real_labels.bincount(minlength=10)).min().item()
-    n = min(len(labels), int(share * len(real_labels)) + 1)
-    while (spread_labels(real_labels, n).bincount(minlength=10) > counts).any():
+    most = ((counts + 1) / test_labels.bincount(minlength=10)).min().item()
+    n = min(len(labels), int(most * len(test_labels)) + 1)
+    while (spread_labels(test_labels, n).bincount(minlength=10) > counts).any():
         n -= 1
-    return spread_labels(real_labels, n)
+    return spread_labels(test_labels, n)
 
 
 def evaluate_digits(path, device):
-    """Print the metrics of the digits in an .npz file, below the mark of as many real ones.
+    """Print the metrics of the digits in an .npz file, below those of as many real ones.
 
     A Frechet distance depends on the mixture of digits. So where there are labels, as many digits
     are compared as can be taken in the proportions of the test set.
@@ -454,15 +444,15 @@ def evaluate_digits(path, device):
         labels = labels.to(device)
         wanted = fitting_labels(labels, judge.test_labels)
         if len(wanted) < 2000:
-            raise InputError(f"{path} holds {len(wanted):,} digits in the proportions of the test "
-                             "set: 2,000 are needed; generate.py --proportions draws such labels")
+            raise UserError(f"{path} holds {len(wanted):,} digits in the proportions of the test "
+                            "set: 2,000 are needed")
         print(f"{path}: {len(wanted):,} of {len(images):,} digits, in the test set's proportions")
         images, labels = pick_images(images, labels, wanted), wanted
-    scores = judge.scores(judge.describe(images), labels)
-    real_images = pick_images(judge.train_images, judge.train_labels, wanted)
-    mark = mark_row(judge, real_images, wanted)
+    copies, _ = judge.find_copies(images)
+    scores = dict(judge.scores(images, labels), copies=copies)
+    real = dict(judge.scores(judge.real_digits(wanted), wanted), copies=judge.test_copies)
     print_line("", {name: name for name in FORMATS if name in scores})
-    print_rows("real", [{name: mark[name] for name in scores}])
+    print_rows("real", [{name: real[name] for name in scores}])
     print_rows("file", [scores])
 
 
@@ -475,11 +465,11 @@ def make_classifier(device, seed):
     images, labels = load_mnist("test", device=device)
     with judging():
         _, digits = classify(classifier, mnist_pixels(images))
-    accuracy = (digits == labels).double().mean().item()
-    print(f"{CLASSIFIER}: reads {accuracy:.2%} of the test images right")
+    print(f"{CLASSIFIER}: reads {share(digits == labels):.2%} of the test images right")
 
 
 def evaluation_parser():
+    """Return the parser of this script's flags."""
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
     add_flag(parser, "every", "take every n-th checkpoint, back from the last", 1,
@@ -488,7 +478,8 @@ def evaluation_parser():
              type=bounded(int, 1))
     add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
     add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)
-    add_flag(parser, "n_samples", "digits to generate", 10_000, type=bounded(int, 2000, MOST))
+    add_flag(parser, "n_samples", "digits to generate", 10_000,
+             type=bounded(int, 2000, MAX_DIGITS))
     add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
     add_flag(parser, "seeds", "sets of digits to generate, with seeds from --seed on", 1,
              type=bounded(int, 1, 100))
@@ -499,25 +490,15 @@ def evaluation_parser():
     return parser
 
 
-def refuse_other_flags(parser, args, mode, *allowed):
-    """Raise InputError for a flag, set to other than its default, that --mode makes no use of."""
-    for name, value in vars(args).items():
-        if name not in (mode, "device", *allowed) and value != parser.get_default(name):
-            raise InputError(f"--{name} has no effect beside --{mode}: leave it out")
-
-
 def main(argv=None):
-    """Evaluate checkpoints or digits, or train the classifier, as the flags say."""
-    parser = evaluation_parser()
-    args = parser.parse_args(argv)
+    """Evaluate checkpoints or the digits in a file, or train the classifier."""
+    args = evaluation_parser().parse_args(argv)
     device = torch.device(args.device)
     if args.train_classifier:
-        refuse_other_flags(parser, args, "train_classifier", "seed")
         make_classifier(device, args.seed)
         return
     with judging():
         if args.digits:
-            refuse_other_flags(parser, args, "digits")
             evaluate_digits(args.digits, device)
         else:
             evaluate_checkpoints(args, device)

@@ -6,6 +6,7 @@
 The file reads forwards, as an image travels: settings, data, noise, network, loss, step. Then come
 the run with its files, and the command line.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -20,62 +21,68 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from torchvision.datasets import MNIST
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, InputError, add_flag, blaming, bounded, epoch_checkpoints,
-                    generator, has_bf16, label_log_axis, load_tensors, make_parser,
-                    refuse_contradictions, replacing, run_script, save_tensors, seed_for, write_csv)
+from common import (REPOSITORY, UserError, bounded, epoch_checkpoints,
+                    explain_read_errors, generator, has_bf16, label_log_axis, load_tensors,
+                    make_parser, refuse_contradictions, replacing, run_script, save_tensors,
+                    seed_for, write_csv)
 from muon import Muon
 
 NULL_LABEL = 10  # stands for "any digit"
 
 
 # ---- settings ----
+def setting(default, text, **options):
+    """Return a field of Settings. text and options describe its flag, as argparse wants them."""
+    return dataclasses.field(default=default, metadata=dict(help=text, **options))
+
+
 @dataclasses.dataclass
 class Settings:
-    """All that determines a run beside the code and the device.
+    """All that determines a run beside the code and the device. Each field is a flag of train.py.
 
-    What each choice of the recipe is worth stands in docs/measurements.md.
+    docs/measurements.md says what the choices of the recipe are worth.
     """
-    # what flags say
-    n_epochs: int = 1000
-    save_every: int = 10  # epochs between checkpoints
-    batch_size: int = 256
-    image_size: int = 28
-    channels: int = 1
-    time_steps: int = 1000
-    width: int = 32  # channels at half the image's size; twice as many at a quarter
-    seed: int = 0
+    n_epochs: int = setting(1000, "passes over the training images", type=bounded(int, 1))
+    save_every: int = setting(10, "epochs between checkpoints", type=bounded(int, 1))
+    batch_size: int = setting(256, "images in a step", type=bounded(int, 1, 60_000))
+    image_size: int = setting(28, "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
+    channels: int = setting(1, "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
+    time_steps: int = setting(1000, "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
+    width: int = setting(32, "channels at half the size; twice as many at a quarter of it",
+                         type=bounded(int, 1, 1024))
+    seed: int = setting(0, "seed of all random numbers", type=bounded(int, 0))
 
-    # How the noise levels are drawn: logit(t / T) is normal, so that half of all t / T lie from
-    # 0.19 to 0.47. There a digit takes its shape; at much larger t little can be seen but noise, at
-    # much smaller t the digit can be seen already.
-    t_mean: float = -0.8
-    t_std: float = 1.0
+    # logit(t / T) is normal, so that half of all t / T lie from 0.19 to 0.47. There a digit takes
+    # its shape. At much larger t there is little to see but noise, at much smaller t little to do.
+    t_mean: float = setting(-0.8, "mean of logit(t / T), of the t drawn", type=float)
+    t_std: float = setting(1.0, "its standard deviation", type=bounded(float, 0))
 
-    # The loss weighs the squared error of the noise by alphas_cumprod ** -loss_power. DDPM's is 0.
-    # The same error of the noise spoils the clean image the more, the larger t is.
-    loss_power: float = 0.5
+    # At large t the same noise error hurts the clean image more, so it weighs more.
+    loss_power: float = setting(0.5, "the squared noise error is weighted by alphas_cumprod to the "
+                                "power of minus this; 0: DDPM's loss", type=float)
 
-    # Sampling clips images to [-1, 1], so nothing that is predicted beyond these edges is an error
-    # where the edge itself is right. With an infinite edge every difference is an error.
-    edge: float = 1.0
+    # Sampling clips images to [-1, 1]. So where the target is black or white, overshooting costs
+    # nothing.
+    edge: float = setting(1.0, "no error beyond +- this; inf: every difference is one",
+                          type=bounded(float, 0, math.inf))
 
-    # The share of labels that are hidden, so that the network also learns to predict without one.
-    label_dropout: float = 0.05
+    # The network learns the null label, too, for guidance.
+    label_dropout: float = setting(0.05, "share of labels replaced by the null label",
+                                   type=bounded(float, 0, 1))
+    model_guidance: float = setting(0.6, "w of model guidance in training; 0: none",
+                                    type=bounded(float, 0, 100))
 
-    # For some t the network learns to predict as if guided in sampling by 1 / (1 - model_guidance).
-    model_guidance: float = 0.6
-
-    # Learning rates of the first step. They fall to 0 over the whole run.
-    muon_rate: float = 0.02
-    adam_rate: float = 0.007
-
-    muon_momentum: float = 0.95
-    max_norm: float = 1.0  # all gradients together are shortened to at most this length
-    ema_decay: float = 0.9999  # of the average of the weights, at most: see set_rates
+    # Both learning rates decay linearly to 0 over the run.
+    muon_rate: float = setting(0.02, "initial learning rate of Muon", type=bounded(float, 0))
+    adam_rate: float = setting(0.007, "initial learning rate of Adam", type=bounded(float, 0))
+    muon_momentum: float = setting(0.95, "Nesterov momentum of Muon", type=bounded(float, 0, 1))
+    max_norm: float = setting(1.0, "gradients are clipped to this norm",
+                              type=bounded(float, 0, math.inf))
+    ema_decay: float = setting(0.9999, "decay of the EMA of the weights, at most",
+                               type=bounded(float, 0, 1))
 
 
 # ---- data ----
@@ -89,15 +96,13 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
     """Return MNIST's "train" or "test" part whole, on the device.
 
     images: (N, C, H, W) uint8, resized bilinearly with antialiasing where the size is not 28,
-    grey copied to all channels; labels: (N,) int64. As they are, the training images take 47 MB, so
-    they can stay on the device and no step waits for data. Raises InputError where an archive is
-    damaged, or is missing and cannot be downloaded.
+    grey copied to all channels; labels: (N,) int64. The training images take 47 MB at their own
+    size, so they stay on the device and no step waits for data. Raises UserError where an archive
+    is missing or damaged.
     """
     folder = REPOSITORY / "mnist/MNIST/raw"
     name = {"train": "train", "test": "t10k"}[part]
-    with blaming(folder, "restore it, in a clone with 'git checkout mnist'"):
-        if len(list(folder.glob("*.gz"))) < len(MNIST.resources):
-            MNIST(REPOSITORY / "mnist", download=True)
+    with explain_read_errors(folder, "restore it by 'git checkout mnist'"):
         images = read_archive(folder / f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
         labels = read_archive(folder / f"{name}-labels-idx1-ubyte.gz", 8).long()
     resized = [resize(batch, [image_size, image_size]) for batch in images.split(1000)]
@@ -109,10 +114,10 @@ def linear_beta_schedule(time_steps):
     """Return betas (T,) in float64: linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
 
     Other T scale both ends by 1000 / T, so that for every T alphas_cumprod ends near 0 and x_t as
-    pure noise. Raises InputError for a T below 21: the last beta would be 1 or more.
+    pure noise. Raises UserError for a T below 21: the last beta would be 1 or more.
     """
     if time_steps < 21:
-        raise InputError(f"time_steps must be at least 21, not {time_steps}")
+        raise UserError(f"time_steps must be at least 21, not {time_steps}")
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64)
 
@@ -194,7 +199,7 @@ class SimpleUnet(nn.Module):
     def __init__(self, image_size=28, channels=1, time_steps=1000, widths=(32, 64)):
         super().__init__()
         if image_size not in range(4, 257, 4):
-            raise InputError(f"image_size must be a multiple of 4 up to 256, not {image_size}")
+            raise UserError(f"image_size must be a multiple of 4 up to 256, not {image_size}")
         # a checkpoint holds it, to build the network again
         self.config = dict(image_size=image_size, channels=channels, time_steps=time_steps,
                            widths=widths)
@@ -266,40 +271,41 @@ def draw_t(batch_size, settings, rng):
     return t.long().clamp(max=settings.time_steps - 1)
 
 
-def training_loss(network, x_0, t, noise, labels, alphas_cumprod, settings):
+def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the weighted mean squared error of the clean images that the predicted noise implies.
 
-    x_0, noise: (B, C, H, W); t: (B,) int64, rising along the batch, as draw_t returns it; labels:
-    (B,) int64, 0..10; alphas_cumprod: (T,) float64.
+    x_0, noise: (B, C, H, W); t: (B,) int64, sorted, as draw_t returns it; labels: (B,) int64,
+    0..10; alphas_cumprod: (T,) float64.
 
-    An error of eps makes one of x_0 that is sigma_t / alpha_t times as large. So with weights
-    of (alpha_t / sigma_t)^2 this would be DDPM's loss (eq. 14), the squared error of the noise. It
-    differs in three things. First, large t weigh more: see Settings.loss_power.
+    A noise error becomes an image error sigma_t / alpha_t times as large, so weights of
+    (alpha_t / sigma_t)^2 would make this DDPM's loss (eq. 14). It differs in three things:
 
-    Most pixels are black, and sampling clips images. So where the target is black, a prediction
-    darker than black is no error, and likewise for white: the network need not hit the edge, only
-    pass it.
+    1. Large t weigh more: see Settings.loss_power.
 
-    For t / T from 0.19 to 0.31 the network learns to guide itself: to predict not the image but
-    x_0 + w (x_label - x_null) (model guidance, Tang et al. 2025, eq. 18). At larger t that would
-    make digits alike (Kynkaanniemi et al. 2024). As t rises along the batch, these are the images
-    of its second quarter, if t is drawn as Settings has it and there are more than a few images.
+    2. Where the target is black, a prediction darker than black is no error, and likewise for
+       white: see Settings.edge. Most pixels are black, and the network need not hit black, only
+       pass it.
+
+    3. For t / T from 0.19 to 0.31 the target is not x_0 but x_0 + w (x_label - x_null), so that the
+       network learns to guide itself (model guidance, Tang et al. 2025, eq. 18). At larger t that
+       would make digits alike (Kynkaanniemi et al. 2024). With t sorted, these are the images of
+       the batch's second quarter.
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
-    guided = slice(len(t) // 4, (len(t) + 1) // 2)  # the network takes no empty batch
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
-        eps = network(x_t, t, labels)
-        # Autocast keeps the weights that it has cast to bfloat16, for later passes. Cast without
-        # gradients, they would pass none on. So the pass that needs gradients comes first.
-        with torch.no_grad():
-            nulls = torch.full_like(labels[guided], NULL_LABEL)
-            eps_null = network(x_t[guided], t[guided], nulls)
-    predicted = implied_x_0(eps, x_t, alpha_t, sigma_t)
-    x_label = predicted[guided].detach()
-    x_null = implied_x_0(eps_null, x_t[guided], alpha_t[guided], sigma_t[guided])
     target = x_0.clone()
-    target[guided] += settings.model_guidance * (x_label.clamp(-1, 1) - x_null.clamp(-1, 1))
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
+        predicted = implied_x_0(model(x_t, t, labels), x_t, alpha_t, sigma_t)
+        if settings.model_guidance:
+            # Autocast keeps the weights that it has cast. Casts made under no_grad carry no
+            # gradient, so the pass that needs gradients goes first.
+            with torch.no_grad():
+                part = slice(len(t) // 4, (len(t) + 1) // 2)  # never empty
+                nulls = torch.full_like(labels[part], NULL_LABEL)
+                eps_null = model(x_t[part], t[part], nulls)
+                x_null = implied_x_0(eps_null, x_t[part], alpha_t[part], sigma_t[part])
+                direction = predicted[part].clamp(-1, 1) - x_null.clamp(-1, 1)
+                target[part] += settings.model_guidance * direction
     edge = settings.edge
     is_right = predicted.clamp(-edge, edge) == target.clamp(-edge, edge)
     errors = (predicted - target).masked_fill(is_right, 0).square()
@@ -326,7 +332,7 @@ def split_weights(model):
 class State:
     """A run at one moment: its settings and all that training changes.
 
-    state_dict and load_state_dict make of it what a file can hold, and the other way round.
+    state_dict and load_state_dict turn it into what a file can hold, and back.
     """
 
     def __init__(self, settings, device):
@@ -335,21 +341,19 @@ class State:
         self.model = SimpleUnet(settings.image_size, settings.channels, settings.time_steps,
                                 widths=(settings.width, 2 * settings.width))
         self.model.to(device, memory_format=torch.channels_last)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
-        self.network = self.model  # or, among several processes, what averages their gradients
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)  # what checkpoints hold
         self.alphas_cumprod = cumulative_alphas(settings.time_steps).to(device)
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-            self.network = nn.parallel.DistributedDataParallel(self.model)
         kernels, others = split_weights(self.model)
         self.muon = Muon(kernels, settings.muon_momentum)
-        # The rate is a tensor, so that a CUDA graph reads what it is at the time. Without
+        # The learning rate is a tensor, so that a CUDA graph reads its present value. Without
         # capturable torch would refuse to record Adam's step.
         self.adam = torch.optim.Adam(others, lr=torch.zeros((), device=device), fused=True,
                                      capturable=True)
-        self.average_decay = torch.zeros((), device=device)
+        self.ema_decay = torch.zeros((), device=device)
         self.rng = torch.Generator(device)
+        self.rank, self.processes = 0, 1
+        if dist.is_initialized():
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.replay = None  # on one GPU, from the second step on: see capture
         self.steps_taken = 0
         self.total_loss = torch.zeros((), device=device)  # of the epoch's steps so far
@@ -359,71 +363,76 @@ class State:
     def state_dict(self):
         """Return all that load_state_dict needs to go on, as plain types and tensors."""
         return dict(settings=dataclasses.asdict(self.settings), model=self.model.state_dict(),
-                    average=self.average.state_dict(), muon=self.muon.buffers,
+                    ema=self.ema.state_dict(), muon=self.muon.buffers,
                     adam=self.adam.state_dict(), step=self.steps_taken,
                     total_loss=self.total_loss, seconds=self.seconds, log=self.log)
 
     def load_state_dict(self, saved):
         """Go on from what state_dict returned, for the same settings."""
         self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
+        self.ema.load_state_dict(saved["ema"])
         rate = self.adam.param_groups[0]["lr"]
         self.adam.load_state_dict(saved["adam"])
         self.adam.param_groups[0]["lr"] = rate  # the tensor that set_rates fills and a graph reads
         for buffer, values in zip(self.muon.buffers, saved["muon"], strict=True):
             buffer.copy_(values)
+        self.replay = None  # a graph would go on moving Adam's old moments
         self.total_loss.copy_(saved["total_loss"])
         self.steps_taken, self.seconds = saved["step"], saved["seconds"]
         self.log = saved["log"]
 
 
-def draw_batch(state, images, labels):
-    """Return x_0, t, noise and labels, of which some are hidden: what a step is made of.
-
-    images: (B, C, H, W) uint8; labels: (B,). Every process draws for the whole batch, and takes
-    every n-th image: n processes together see the images and the noise that one alone would see.
-    """
-    settings, rng = state.settings, state.rng
-    x_0 = images / 127.5 - 1
-    noise = torch.randn(x_0.shape, generator=rng, device=rng.device)
-    t = draw_t(len(x_0), settings, rng)
-    hidden = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
-    labels = labels.masked_fill(hidden, NULL_LABEL)
-    share = slice(state.rank, None, state.processes)
-    return x_0[share], t[share], noise[share], labels[share]
+def average_over_processes(tensors, processes):
+    """Replace each tensor by its mean over all processes, in one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    means = (flat / processes).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 @torch.no_grad()
-def update_average(average, model, decay):
-    """average <- decay average + (1 - decay) model, for all weights; decay: a tensor ()."""
-    averages, weights = list(average.parameters()), list(model.parameters())
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, for all weights; decay: a tensor ()."""
+    averages, weights = list(ema.parameters()), list(model.parameters())
     torch._foreach_mul_(averages, decay)
     torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - decay))
 
 
 def training_step(state, images, labels):
-    """Move the weights, so that the noise in a batch of images is predicted better.
+    """Move the weights by the loss of one batch: images (B, C, H, W) uint8, labels (B,).
 
     Whatever differs from step to step is in tensors and in the generator, and no value is read
-    back: so the CPU never waits for a GPU, and a GPU can replay the step as a graph.
+    back: the CPU never waits for a GPU, and a GPU can replay the step as a graph.
     """
-    x_0, t, noise, labels = draw_batch(state, images, labels)
-    loss = training_loss(state.network, x_0, t, noise, labels, state.alphas_cumprod,
-                         state.settings)
+    settings, rng = state.settings, state.rng
+    x_0 = images / 127.5 - 1
+    noise = torch.randn(x_0.shape, generator=rng, device=rng.device)
+    t = draw_t(len(x_0), settings, rng)
+    dropped = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
+    labels = labels.masked_fill(dropped, NULL_LABEL)
+    # Of several processes each draws for the whole batch and takes every n-th image: together they
+    # see what one alone would see.
+    share = slice(state.rank, None, state.processes)
+    loss = training_loss(state.model, x_0[share], t[share], noise[share], labels[share],
+                         state.alphas_cumprod, settings)
     state.model.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
+    loss, weights = loss.detach(), list(state.model.parameters())
+    if state.processes > 1:
+        average_over_processes([loss, *(p.grad for p in weights)], state.processes)
+    nn.utils.clip_grad_norm_(weights, settings.max_norm)
     state.muon.step()
     state.adam.step()
-    update_average(state.average, state.model, state.average_decay)
-    state.total_loss += loss.detach()
+    update_ema(state.ema, state.model, state.ema_decay)
+    state.total_loss += loss
 
 
 def capture(state, images, labels):
     """Record training_step as a CUDA graph, without running it; return a function that replays it.
 
-    A step is a thousand kernels, and most of them take a GPU less time than launching them takes
-    the CPU. A graph is launched as a whole.
+    A step is a thousand kernels, most of which take a GPU less time than launching them takes the
+    CPU. A graph is launched as a whole.
     """
     images, labels = images.clone(), labels.clone()  # the graph reads from these addresses
     graph = torch.cuda.CUDAGraph()
@@ -439,14 +448,14 @@ def capture(state, images, labels):
 
 
 def set_rates(state, total_steps):
-    """Set what the next of total_steps steps uses: the learning rates and the average's decay."""
+    """Set the learning rates and the EMA's decay for the next of total_steps steps."""
     settings, n = state.settings, state.steps_taken
-    factor = 1 - n / total_steps
-    state.muon.rate.fill_(factor * settings.muon_rate)
-    state.adam.param_groups[0]["lr"].fill_(factor * settings.adam_rate)
-    # The average reaches back over some tenth of the steps taken, so that it soon forgets how the
-    # run began; in a long run, over the last 1 / (1 - ema_decay) steps.
-    state.average_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
+    remaining = 1 - n / total_steps
+    state.muon.rate.fill_(remaining * settings.muon_rate)
+    state.adam.param_groups[0]["lr"].fill_(remaining * settings.adam_rate)
+    # A warm-up: the EMA spans about a tenth of the steps taken, and soon forgets the initial
+    # weights.
+    state.ema_decay.fill_(min(settings.ema_decay, (1 + n) / (10 + n)))
 
 
 def take_step(state, images, labels, total_steps):
@@ -458,7 +467,7 @@ def take_step(state, images, labels, total_steps):
     else:
         training_step(state, images, labels)
         # The first step is not replayed: in it Adam makes its state, which a capture cannot.
-        # Several processes exchange gradients in a way that is not captured.
+        # What several processes exchange is not captured.
         if state.rng.device.type == "cuda" and not dist.is_initialized():
             state.replay = capture(state, images, labels)
     state.steps_taken += 1
@@ -466,7 +475,7 @@ def take_step(state, images, labels, total_steps):
 
 # ---- run ----
 LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
-SAVE_INTERVAL = 45  # seconds; whatever ends a run, little more than these are lost
+SAVE_INTERVAL = 45  # seconds, the most that a killed run loses
 
 
 def plot_losses(path, log):
@@ -483,15 +492,14 @@ def plot_losses(path, log):
 
 
 def check_finite(state):
-    """Raise InputError if the loss or a weight is no longer finite: that is not worth saving.
+    """Raise UserError if the loss or a weight is not finite: that is not worth saving.
 
-    Of the weights only the average is looked at: once a weight is not finite, its average never
-    is again.
+    The EMA stands for the weights: what is not finite stays in it.
     """
-    values = [state.total_loss, *state.average.parameters()]
+    values = [state.total_loss, *state.ema.parameters()]
     if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise InputError(f"epoch {len(state.log) + 1}: the loss or the weights are no longer "
-                         "finite; begin anew with another --seed and --root")
+        raise UserError(f"epoch {len(state.log) + 1}: the training has diverged; begin anew with "
+                        "another --seed and --root")
 
 
 def save_state(state, root):
@@ -504,59 +512,49 @@ def save_state(state, root):
 
 
 def load_state(root, device):
-    """Return the State that save_state wrote. Raises InputError where there is none, or damaged."""
-    path, advice = root / LATEST, "start a run without --resume, or name another --root"
-    with blaming(path, advice):
-        saved = load_tensors(path)
-        settings = Settings(**saved["settings"])
-    state = State(settings, device)  # a GPU that is full is not the file's fault
-    with blaming(path, advice):
-        state.load_state_dict(saved)
+    """Return the State that save_state wrote. Raises UserError where it is missing or damaged."""
+    saved = load_tensors(root / LATEST, ["settings", "ema"],
+                         "start a run without --resume, or choose another --root")
+    state = State(Settings(**saved["settings"]), device)
+    state.load_state_dict(saved)
     return state
+
+
+def save_checkpoint(state, root):
+    """Write checkpoints/diffusion_epoch_{N}.pth, the model after N epochs, on the CPU."""
+    weights = {name: values.cpu() for name, values in state.ema.state_dict().items()}
+    last = state.log[-1]
+    save_tensors(root / f"checkpoints/diffusion_epoch_{last['epoch']}.pth", dict(
+        epoch=last["epoch"], model_state_dict=weights, loss=last["loss"],
+        config=state.model.config))
 
 
 def epoch_batches(settings, epoch, n_images, device):
     """Return the indices of the images in each batch of an epoch; the first epoch is 0.
 
-    The order depends on the seed and the epoch, on every device alike. The images that are left
-    over, too few for a batch, are not used in this epoch.
+    The order depends on the seed and the epoch, on every device alike. The images left over, too
+    few for a batch, are not used in this epoch.
     """
     rng = generator("cpu", "order", settings.seed, epoch)
     order = torch.randperm(n_images, generator=rng, device="cpu").to(device)
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, steps, start, root):
-    """Log the epoch, which had so many steps; write its checkpoint if it is due.
-
-    start: when it began, by time.perf_counter, less what it took before a resume.
-    """
-    settings, epoch = state.settings, len(state.log) + 1
-    check_finite(state)  # waits for a GPU to end the epoch's last steps
-    seconds = time.perf_counter() - start
-    # Each process has summed the losses of its own share of the images. What was summed before a
-    # resume is, in all of them, of the first one's share.
-    if dist.is_initialized():
-        dist.all_reduce(state.total_loss)
-        state.total_loss /= state.processes
+def end_epoch(state, steps):
+    """Log the epoch that has ended, which had so many steps, and begin the next one."""
     loss = state.total_loss.item() / steps
-    state.log.append(dict(epoch=epoch, loss=round(loss, 6), seconds=round(seconds, 3)))
+    state.log.append(dict(epoch=len(state.log) + 1, loss=round(loss, 6),
+                          seconds=round(state.seconds, 3)))
     state.total_loss.zero_()
     state.seconds = 0.0
-    if state.rank == 0 and (epoch % settings.save_every == 0 or epoch == settings.n_epochs):
-        # on the CPU, so that torch.load needs no GPU
-        weights = {name: values.cpu() for name, values in state.average.state_dict().items()}
-        save_tensors(root / f"checkpoints/diffusion_epoch_{epoch}.pth", dict(
-            epoch=epoch, model_state_dict=weights, loss=loss, config=state.model.config))
 
 
 def train(state, images, labels, root, signals):
     """Train to the last epoch, and write checkpoints, the state and the log under root.
 
-    As soon as there is something in the list signals, it saves the state and returns.
+    Once there is something in the list signals, it saves the state and returns.
     """
-    settings = state.settings
-    writes = state.rank == 0  # of several processes the first
+    settings, writes = state.settings, state.rank == 0
     steps = len(images) // settings.batch_size  # of an epoch
     total_steps = settings.n_epochs * steps
     last_save = -math.inf  # the first save precedes the first step, and proves that it is possible
@@ -578,50 +576,45 @@ def train(state, images, labels, root, signals):
                     last_save = time.perf_counter()
                 take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            end_epoch(state, steps, start, root)
+            check_finite(state)  # waits for a GPU to end the epoch's last steps
+            state.seconds = time.perf_counter() - start
+            end_epoch(state, steps)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
+            if writes and (len(state.log) % settings.save_every == 0
+                           or len(state.log) == settings.n_epochs):
+                save_checkpoint(state, root)
         if writes:
             save_state(state, root)
 
 
 # ---- command line ----
 def training_parser():
+    """Return a parser with a flag for each of Settings' fields, absent where it is not given."""
     parser = make_parser(__doc__)
-
-    def add_setting(name, text, **options):
-        # argparse's own default stays None, by which start_state knows a flag that was not given.
-        add_flag(parser, name, f"{text} (default: {getattr(Settings, name)})", **options)
-
-    add_setting("n_epochs", "passes over the training images", type=bounded(int, 1))
-    add_setting("save_every", "epochs between checkpoints", type=bounded(int, 1))
-    add_setting("batch_size", "images in a step", type=bounded(int, 1, 60_000))
-    add_setting("image_size", "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
-    add_setting("channels", "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
-    add_setting("time_steps", "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
-    add_setting("width", "channels at half the size; twice as many at a quarter of it",
-                type=bounded(int, 1, 1024))
-    add_setting("seed", "seed of all random numbers", type=bounded(int, 0))
+    for field in dataclasses.fields(Settings):
+        options = dict(field.metadata)
+        options["help"] += f" (default: {field.default})"
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
     parser.add_argument("--resume", action="store_true", help="go on with the run under --root; "
-                        "n_epochs and save_every may be changed")
+                        "n_epochs and save_every may be changed, and with n_epochs the learning "
+                        "rates jump to where they would be in the longer run")
     return parser
 
 
 def refuse_overwriting(root):
-    """Raise InputError if there is a run under root: no second run replaces its files."""
-    checkpoints = list(epoch_checkpoints(root).values())
+    """Raise UserError if there is a run under root: no second run replaces its files."""
     latest = root / LATEST
     if latest.exists():
-        raise InputError(f"{latest} is of an earlier run: go on with it by --resume, remove it, or "
-                         "choose another --root")
-    if checkpoints:
-        raise InputError(f"{checkpoints[0]} is of an earlier run: remove it, or choose another "
-                         "--root")
+        raise UserError(f"{latest} is of an earlier run: go on with it by --resume, remove it, or "
+                        "choose another --root")
+    for path in epoch_checkpoints(root).values():
+        raise UserError(f"{path} is of an earlier run: remove it, or choose another --root")
 
 
 def start_state(args, device):
     """Return the State of a new run or, with --resume, of the one under args.root."""
-    given = {name: value for name, value in vars(args).items()
-             if hasattr(Settings, name) and value is not None}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(args).items() if name in names}
     if not args.resume:
         refuse_overwriting(args.root)
         return State(Settings(**given), device)
@@ -631,8 +624,8 @@ def start_state(args, device):
     refuse_contradictions(args, kept, args.root / LATEST)
     state.settings = dataclasses.replace(state.settings, **given)
     if len(state.log) >= state.settings.n_epochs:
-        raise InputError(f"{args.root / LATEST} has trained {len(state.log)} epochs already: ask "
-                         "for more by --n_epochs")
+        raise UserError(f"{args.root / LATEST} has trained {len(state.log)} epochs already: ask "
+                        "for more by --n_epochs")
     return state
 
 
@@ -645,9 +638,6 @@ def start_processes(device):
     device = torch.device(device)
     if device.type == "cuda":
         number = dist.get_node_local_rank() if launched else device.index
-        if launched and number >= torch.cuda.device_count():
-            raise InputError(f"there are fewer GPUs, {torch.cuda.device_count()}, than processes: "
-                             "lower torchrun's --nproc_per_node")
         device = torch.device("cuda", number or 0)  # plain "cuda" has no index, and is the first
         torch.cuda.set_device(device)
     if launched:
@@ -657,39 +647,33 @@ def start_processes(device):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list to which the first SIGINT or SIGTERM is added; the next one acts as usual.
+    """Yield a list to which SIGINT and SIGTERM are added instead of ending the process.
 
     With several processes nothing is caught: they would have to agree at every step.
     """
     signals = []
-    caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.getsignal(number) for number in caught}
-
-    def restore():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
     def note(number, frame):
         signals.append(number)
-        restore()
 
-    for number in caught:
-        signal.signal(number, note)
+    caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, note) for number in caught}
     try:
         yield signals
     finally:
-        restore()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def main(argv=None):
-    """Train as the flags say. Return None or, where a signal ended the run, 128 + its number."""
+    """Train. Return None or, where a signal ended the run, 128 + its number."""
     args = training_parser().parse_args(argv)
     device = start_processes(args.device)
     state = start_state(args, device)
     settings = state.settings
     if settings.batch_size % state.processes:
-        raise InputError(f"--batch_size {settings.batch_size} cannot be shared evenly among "
-                         f"{state.processes} processes")
+        raise UserError(f"--batch_size {settings.batch_size} cannot be shared evenly among "
+                        f"{state.processes} processes")
     images, labels = load_mnist("train", settings.image_size, settings.channels, device)
     if state.rank == 0:
         print(f"training {sum(p.numel() for p in state.model.parameters()):,} weights on {device}, "

@@ -12,12 +12,10 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for several processes test at once; to be set before torch
 import torch
-from torchvision.datasets import MNIST
 
-import generate
 import test
 import train
-from common import load_tensors, run_script
+from common import run_script
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,15 +59,10 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=6, help="in test_kills_at_any_moment")
 
 
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # unpacked once, before several processes need it
-        MNIST(REPOSITORY / "mnist", download=True)
-
-
 def use_small_mnist(monkeypatch):
     """Give main() in this process few images: 500 of the test set; train.py 256, test.py 3,000."""
     load = train.load_mnist
-    for module, count in ((train, 256), (generate, None), (test, 3000)):
+    for module, count in ((train, 256), (test, 3000)):
         def load_few(part, *form, count=count, **keywords):
             limit = count if part == "train" else 500
             return [values[:limit] for values in load(part, *form, **keywords)]
@@ -98,7 +91,7 @@ def read_csv(path):
 
 def saved_state(root):
     """Return the content of latest.pth, without the times that it holds."""
-    state = load_tensors(root / train.LATEST)
+    state = torch.load(root / train.LATEST, weights_only=True)
     state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
     del state["seconds"]
     return state

@@ -9,7 +9,7 @@ from conftest import write_checkpoint
 
 import benchmark
 import test
-from common import InputError, write_csv
+from common import UserError, write_csv
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,8 @@ def test_benchmark_of_training(monkeypatch, capsys):
     commit = r"Commit (\w{7,}|unknown)( \(changed\))? of src"
     assert re.match(commit + r"; \d+ threads? of a CPU", printed)
     names = re.findall(r"^\| (.+?) \| [\d,]+ \w+/s \|", printed, re.MULTILINE)
-    assert names[:2] == ["training", "textbook float32"] and "product" in names[-1]
-    assert re.search(r"Training is \d+\.\d+ times as fast as the textbook float32 loop", printed)
+    assert names[:2] == ["training", "plain DDPM"] and "product" in names[-1]
+    assert re.search(r"Training is \d+\.\d+ times as fast as plain DDPM", printed)
     mflop = int(re.search(r"An image takes (\d+) MFLOP", printed)[1])
     forwards = 78.1  # twice as much backwards, a quarter for guidance, and 378 MFLOP of Muon a step
     assert mflop == pytest.approx(3.25 * forwards + 378 / 8, rel=0.03)
@@ -41,7 +41,7 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
         return test.load_classifier(CPU)
 
     monkeypatch.setattr(benchmark, "train_classifier", classifier)
-    monkeypatch.setattr(benchmark, "CHUNK", 2)
+    monkeypatch.setattr(benchmark, "CHUNK_SIZE", 2)
     monkeypatch.setattr(benchmark, "told_apart", lambda generated, real, seed: 0.5)
     path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
     settings = dict(checkpoint_path=path, n_samples=20, seeds=1, steps=[2])
@@ -64,13 +64,13 @@ def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
 
     path = tmp_path / "runs.csv"
     monkeypatch.setattr(benchmark, "read_runs", functools.partial(benchmark.read_runs, path))
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         benchmark.main(["time"])
     write_csv(path, [
-        row("training images", "", 1, batch_size=""), row("textbook", 4, 0.6),
-        row("textbook", 2, 0.2, seconds=50), row("textbook", 2, 0.4, seconds=70, machine="A"),
-        row("the recipe", 2, 0.5), row("the recipe", 2, 0.7),
-        row("no average of the weights", 2, 0.3, machine="C", date="2")])
+        row("training images", "", 1, batch_size=""), row("A", 4, 0.6),
+        row("A", 2, 0.2, seconds=50), row("A", 2, 0.4, seconds=70, machine="A"),
+        row("recipe", 2, 0.5), row("recipe", 2, 0.7),
+        row("no_ema", 2, 0.3, machine="C", date="2")])
     columns = "accuracy | Frechet distance | precision | recall"
     one, two = "1.0000 | 0.500 | 0.250", "1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.250 ± 0.000"
     benchmark.main(["time"])
@@ -80,21 +80,21 @@ Commit today of src; A and B; torch 2, Python 3; 1.
 
 | training | epochs | batch | seeds | seconds, A | seconds, B | {columns} |
 |---|---|---|---|---|---|---|---|---|---|
-| textbook | 2 | 64 | 2 | 70 | 50 | 30.00% ± 14.14% | {two} |
-| textbook | 4 | 64 | 1 |  | 60 | 60.00% | {one} |
+| A: plain DDPM | 2 | 64 | 2 | 70 | 50 | 30.00% ± 14.14% | {two} |
+| A: plain DDPM | 4 | 64 | 1 |  | 60 | 60.00% | {one} |
 | the recipe | 2 | 64 | 2 |  | 60 ± 0 | 60.00% ± 14.14% | {two} |
 | training images |  |  |  |  |  | 100.00% | {one} |
 """
     benchmark.main(["recipe"])
     assert capsys.readouterr().out == f"""\
 Commit today of src; B and C; torch 2, Python 3; 1 and 2.
-Batches of 64; 10,000 digits of each run; docs/tables/runs.csv has all runs.
+10,000 digits of each run; docs/tables/runs.csv has all runs.
 
-|  | epochs | seeds | {columns} |
-|---|---|---|---|---|---|---|
-| the recipe | 2 | 2 | 60.00% ± 14.14% | {two} |
-| no average of the weights | 2 | 1 | 30.00% | {one} |
-| training images |  |  | 100.00% | {one} |
+| training | epochs | batch | seeds | seconds, B | seconds, C | {columns} |
+|---|---|---|---|---|---|---|---|---|---|
+| the recipe | 2 | 64 | 2 | 60 ± 0 |  | 60.00% ± 14.14% | {two} |
+| no EMA | 2 | 64 | 1 |  | 60 | 30.00% | {one} |
+| training images |  |  |  |  |  | 100.00% | {one} |
 """
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import generate
 import test
 import train
-from common import epoch_checkpoints, load_tensors
+from common import epoch_checkpoints
 
 
 def contents(folder):
@@ -28,26 +28,14 @@ def contents(folder):
 # ---- flags ----
 @pytest.mark.parametrize("main, flags, named", [
     (train.main, "--n_epochs 0", "--n_epochs"),
-    (train.main, "--batch_size -1", "--batch_size"),
     (train.main, "--batch_size 60001", "60000"),
+    (train.main, "--label_dropout nan", "--label_dropout"),
     (train.main, "--image_size 30", "multiple of 4"),
-    (train.main, "--image_size 0", "--image_size"),
-    (train.main, "--time_steps 20", "from 21"),
-    (train.main, "--save_every 0", "--save_every"),
-    (train.main, "--seed -1", "--seed"),
     (train.main, "--device cuda:99", "cuda:99"),
-    (generate.main, "--n_samples 0", "--n_samples"),
-    (generate.main, "--epochs 0", "--epochs"),
-    (generate.main, "--epochs 5 --checkpoint_path some.pth", "--checkpoint_path"),
     (generate.main, "--labels 11", "--labels"),
-    (generate.main, "--eta 1.1", "--eta"),
-    (generate.main, "--eta nan", "--eta"),
-    (generate.main, "--guidance -1", "--guidance"),
-    (test.main, "--n_samples 1999", "from 2000"),
-    (test.main, "--n_samples 50001", "to 50000"),
-    (test.main, "--batch_size 0", "--batch_size"),
     (generate.main, "--out digits.jpg", "--out"),
     (generate.main, "--out /dev/null/digits.npz", "/dev/null"),
+    (test.main, "--n_samples 1999", "from 2000"),
 ])
 def test_bad_flags(main, flags, named, tmp_path, capsys):
     assert named in error_of(main, ["--root", str(tmp_path), *flags.split(" ")], capsys)
@@ -71,18 +59,6 @@ def test_a_flag_that_contradicts_the_checkpoint(main, flag, small_model, tmp_pat
     name, value = flag.split()
     assert name in message and value in message and str(path) in message
     assert str(small_model.config[name[2:]]) in message
-
-
-def test_an_animation_that_is_too_high(small_model, tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "x.pth", small_model, 10)
-    flags = f"--checkpoint_path {path} --labels 1 2 --n_samples 4520 --out {tmp_path}/x.gif"
-    assert "2,260 rows" in error_of(generate.main, flags.split(), capsys)  # of 65,541 pixels
-    assert list(contents(tmp_path)) == [path]
-
-
-@pytest.mark.parametrize("main", [train.main, generate.main, test.main])
-def test_a_root_whose_name_is_too_long(main, tmp_path, capsys):
-    assert "too long" in error_of(main, ["--root", str(tmp_path / ("a" * 300))], capsys)
 
 
 def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
@@ -126,20 +102,6 @@ def foreign(path):
     torch.save({"model_state_dict": torch.nn.Linear(2, 2).state_dict()}, path)
 
 
-def of_another_network(path):
-    write_checkpoint(path, train.SimpleUnet(widths=(8, 16)), 10,
-                     model_state_dict=torch.nn.Linear(2, 2).state_dict())
-
-
-def of_an_impossible_size(path):
-    model = train.SimpleUnet(widths=(8, 16))
-    write_checkpoint(path, model, 10, config=model.config | {"image_size": 100_000})
-
-
-def without_epoch(path):
-    write_checkpoint(path, train.SimpleUnet(widths=(8, 16)), None)
-
-
 def text(path):
     path.write_text("epoch 10")
 
@@ -164,8 +126,7 @@ def folder(path):
 
 @pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
 @pytest.mark.parametrize("damage", [
-    truncated, one_bit_flipped, empty, foreign, of_another_network, of_an_impossible_size,
-    without_epoch, text, list_of_numbers, hostile, folder])
+    truncated, one_bit_flipped, empty, foreign, text, list_of_numbers, hostile, folder])
 def test_damaged_checkpoint(main, damage, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
@@ -186,18 +147,7 @@ def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
     assert "pretrained.pth" in error_of(generate.main, ["--root", str(tmp_path)], capsys)
 
 
-def of_a_finished_model(path):
-    write_checkpoint(path, train.SimpleUnet(), 1)
-
-
-def of_a_narrower_network(path):
-    saved = load_tensors(path)
-    torch.save(saved | {"model": train.SimpleUnet(widths=(8, 16)).state_dict()}, path)
-
-
-@pytest.mark.parametrize("damage", [
-    truncated, one_bit_flipped, empty, text, list_of_numbers, hostile, of_a_finished_model,
-    of_a_narrower_network])
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, foreign, hostile])
 def test_damaged_state(damage, stopped, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = stopped / train.LATEST
@@ -215,8 +165,7 @@ def test_no_state_to_resume(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag, kept", [
-    ("--batch_size 32", 64), ("--seed 1", 0), ("--image_size 32", 28), ("--channels 3", 1),
-    ("--time_steps 200", 1000), ("--width 16", 32)])
+    ("--batch_size 32", 64), ("--seed 1", 0), ("--model_guidance 0.5", 0.6)])
 def test_a_flag_that_contradicts_the_state(flag, kept, stopped, capsys):
     before = contents(stopped)
     message = error_of(train.main, ["--root", str(stopped), "--resume", *flag.split()], capsys)
@@ -233,23 +182,16 @@ def test_missing_classifier(small_model, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def copied_mnist(tmp_path, monkeypatch):
-    """The folder of a copy of the archives, in place of the repository's, without a network."""
+    """The folder of a copy of the archives, in place of the repository's."""
     monkeypatch.setattr(train, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(train.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # no one answers there
-    return shutil.copytree(REPOSITORY / "mnist/MNIST/raw", tmp_path / "mnist/MNIST/raw",
-                           ignore=shutil.ignore_patterns("*ubyte"))
-
-
-def test_whole_archives_need_no_network_and_no_other_files(copied_mnist, mnist):
-    assert train.load_mnist("test")[0].equal(mnist["test"][0])
-    assert len(list(copied_mnist.iterdir())) == 4
+    return shutil.copytree(REPOSITORY / "mnist/MNIST/raw", tmp_path / "mnist/MNIST/raw")
 
 
 def missing(archive):
     archive.unlink()
 
 
-@pytest.mark.parametrize("damage", [missing, truncated, one_bit_flipped, empty, text])
+@pytest.mark.parametrize("damage", [missing, truncated, one_bit_flipped])
 def test_damaged_archive(damage, copied_mnist, tmp_path, capsys):
     damage(copied_mnist / "train-images-idx3-ubyte.gz")
     message = error_of(train.main, ["--root", str(tmp_path / "run")], capsys)
@@ -283,8 +225,7 @@ def test_digits_of_another_form(arrays, named, tmp_path, monkeypatch, small_mnis
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, empty, text, list_of_numbers,
-                                    folder])
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, text, list_of_numbers, folder])
 def test_damaged_digits(damage, tmp_path, capsys):
     path = tmp_path / "digits.npz"
     np.savez(path, IMAGES, LABELS)
@@ -297,16 +238,6 @@ def test_missing_digits(tmp_path, capsys):
     path = tmp_path / "none.npz"
     message = error_of(test.main, ["--digits", str(path), "--device", "cpu"], capsys)
     assert message.startswith(f"{path} does not exist")
-
-
-@pytest.mark.parametrize("flags", ["--digits digits.npz --seeds 3", "--digits digits.npz --root x",
-                                   "--train_classifier --digits digits.npz",
-                                   "--train_classifier --n_samples 2000"])
-def test_flags_without_effect_are_refused(flags, monkeypatch, capsys):
-    monkeypatch.setattr(test, "evaluate_digits", None)
-    monkeypatch.setattr(test, "make_classifier", None)
-    message = error_of(test.main, [*flags.split(), "--device", "cpu"], capsys)
-    assert "has no effect" in message and flags.split()[-2] in message
 
 
 # ---- folders ----

@@ -43,7 +43,7 @@ def test_a_captured_step_is_the_eager_one_bit_for_bit(mnist, monkeypatch):
         for batch in train.epoch_batches(state.settings, 0, len(images), CUDA)[:50]:
             train.take_step(state, images[batch], labels[batch], 60)
     assert captured.replay is not None and captured.total_loss.equal(eager.total_loss)
-    for name in ("model", "average"):
+    for name in ("model", "ema"):
         ours, theirs = (getattr(state, name).state_dict() for state in (captured, eager))
         assert all(ours[key].equal(theirs[key]) for key in theirs)
 

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 import runs
 import test
+import textbook
 import train
-from common import InputError
+from common import UserError
 
 CPU = torch.device("cpu")
 
@@ -41,49 +42,72 @@ def test_the_commit_is_the_last_that_changed_figures(tmp_path, monkeypatch):
     assert runs.commit_of_src() == f"{last} (changed)"
 
 
-def test_the_textbook_loop_learns(mnist):
-    few = [values[:256] for values in mnist["train"]]
-    epochs = runs.train_textbook(train.Settings(n_epochs=20, batch_size=64), *few)
-    errors = {}
-    for epoch, network in enumerate(epochs, start=1):
-        if epoch in (1, 20):
-            with torch.inference_mode():
-                errors[epoch] = test.noise_mse(network, *few)
-    assert errors[20] < 0.7 * errors[1]
+def test_the_textbook_learns_and_its_digits_are_sampled(mnist):
+    images, labels = (values[:256] for values in mnist["train"])
+    torch.manual_seed(0)
+    model = train.SimpleUnet(widths=(8, 16))
+    optimizer = torch.optim.Adam(model.parameters(), 0.002)
+    errors = []
+    for _ in range(2):
+        with torch.inference_mode():
+            errors.append(test.noise_mse(model, images, labels))
+        for _ in range(20):
+            textbook.train_epoch(model, optimizer, images, labels)
+    assert errors[1] < 0.7 * errors[0]
+    digits = textbook.sample(model, torch.arange(5), steps=10)
+    assert digits.shape == (5, 1, 28, 28) and digits.abs().max() <= 1
 
 
-def test_an_average_follows_the_optimizer():
+def test_the_textbooks_sampler_is_ddim(small_model, monkeypatch):
+    monkeypatch.setattr(textbook, "has_bf16", lambda device: False)
+    reference = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    reference.set_timesteps(9)  # of 111 each
+    labels = torch.arange(3)
+    torch.manual_seed(0)
+    x_t = torch.randn(3, 1, 28, 28)
+    for t in range(999, 0, -111):
+        eps = small_model(x_t, torch.full((3,), t), labels)
+        step = reference.step(eps, t, x_t, use_clipped_model_output=True)
+        x_t = step.prev_sample
+    torch.manual_seed(0)
+    torch.testing.assert_close(textbook.sample(small_model, labels, 9), step.pred_original_sample,
+                               rtol=0, atol=1e-3)
+
+
+def test_the_ema_follows_the_optimizer():
     weight = torch.nn.Parameter(torch.zeros(()))
     model = torch.nn.ParameterList([weight])
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
-    average = runs.keep_average(model, optimizer, max_decay=0.5)
+    ema = runs.follow_with_ema(model, optimizer, max_decay=0.5)
     expected = 0
     for n, decay in enumerate([0.1, 2 / 11, 0.25, 4 / 13, 5 / 14, 0.4, 7 / 16, 8 / 17, 0.5, 0.5]):
         weight.grad = torch.tensor(-1.0)
         optimizer.step()
         assert weight == n + 1
         expected = decay * expected + (1 - decay) * (n + 1)
-        torch.testing.assert_close(average[0].item(), expected)
+        torch.testing.assert_close(ema[0].item(), expected)
 
 
-def test_a_rate_falls_to_0_in_a_straight_line():
+def test_a_learning_rate_decays_to_0_in_a_straight_line():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=0.2)
-    runs.let_rate_fall(optimizer, total_steps=4)
+    runs.decay_rate(optimizer, total_steps=4)
     weight.grad = torch.tensor(-1.0)
     for expected in (0.2, 0.35, 0.45, 0.5):  # moved by 0.2, 0.15, 0.1 and 0.05
         optimizer.step()
         assert weight.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("most", [0.0, 0.9])
-def test_the_averaged_textbook_loop_is_the_same_loop(most, mnist):
+@pytest.mark.parametrize("name", runs.BASELINES)
+def test_baselines_differ(name, mnist):
     few = [values[:64] for values in mnist["train"]]
-    settings = train.Settings(n_epochs=2, batch_size=32, ema_decay=most)
-    *_, last = runs.train_textbook(settings, *few)
-    *_, averaged = runs.train_textbook(settings, *few, runs.TEXTBOOK._replace(averaged=True))
-    pairs = zip(last.parameters(), averaged.parameters(), strict=True)
-    assert all(p.equal(q) for p, q in pairs) == (most == 0)
+    settings = train.Settings(n_epochs=2, batch_size=32)
+    *_, trained = runs.train_baseline(name, settings, *few)
+    assert list(trained) == (["A", "B"] if name == "A" else [name])
+    *_, first = runs.train_baseline("A", settings, *few)
+    same = [p.equal(q) for p, q in zip(trained[name].parameters(), first["B"].parameters(),
+                                       strict=True)]
+    assert not all(same) and all(p.isfinite().all() for p in trained[name].parameters())
 
 
 def test_t_of_the_cosine_schedule_have_its_noise():
@@ -94,27 +118,27 @@ def test_t_of_the_cosine_schedule_have_its_noise():
 
 
 @pytest.fixture(scope="module")
-def variant(mnist):
-    """A function that returns the network after two epochs of few images by a variant."""
+def ablation(mnist):
+    """A function that returns the network after two epochs of few images by an ablation."""
     few = [values[:64] for values in mnist["train"]]
 
     @functools.cache
     def train_few(name):
-        *_, network = runs.train_variant(name, train.Settings(n_epochs=2, batch_size=16), *few)
-        return network
+        *_, trained = runs.train_ablation(name, train.Settings(n_epochs=2, batch_size=16), *few)
+        return trained[name]
     return train_few
 
 
-@pytest.mark.parametrize("name", list(runs.RECIPES)[1:])
-def test_every_variant_trains_and_differs_from_the_recipe(name, variant):
-    pairs = list(zip(variant(name).parameters(), variant("the recipe").parameters(), strict=True))
+@pytest.mark.parametrize("name", list(runs.ABLATIONS)[1:])
+def test_every_ablation_trains_and_differs_from_the_recipe(name, ablation):
+    pairs = list(zip(ablation(name).parameters(), ablation("recipe").parameters(), strict=True))
     assert all(p.isfinite().all() for p, _ in pairs)
     assert not all(p.equal(q) for p, q in pairs)
 
 
-def test_adam_alone_moves_the_kernels_that_muon_had(variant):
-    fresh = train.State(train.Settings(), CPU).average
-    moved = variant("Adam at 0.001 for all")
+def test_adam_alone_moves_the_kernels_that_muon_had(ablation):
+    fresh = train.State(train.Settings(), CPU).ema
+    moved = ablation("adam_0.001")
     for p, q in zip(moved.parameters(), fresh.parameters(), strict=True):
         assert not p.equal(q)
 
@@ -128,8 +152,8 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
             clock.now += 10
             yield None
 
-    monkeypatch.setattr(runs, "train_textbook", epochs)
-    run = runs.Run("textbook", 64, (1, 3))
+    monkeypatch.setattr(runs, "train_baseline", epochs)
+    run = runs.Run("A", 64, (1, 3))
     for epoch, _, seconds in runs.networks(run, 0, torch.zeros(1), None):
         found.append((epoch, seconds))
         clock.now += 1000  # its digits are judged
@@ -139,30 +163,28 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
 def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_mnist, monkeypatch):
     path, networks, begun = tmp_path / "runs.csv", runs.networks, []
     monkeypatch.setattr(runs, "N_SAMPLES", 20)
-    monkeypatch.setattr(runs, "RUNS", [runs.Run("the recipe", 50, (1,)),
-                                       runs.Run("textbook", 50, (1, 2))])
+    monkeypatch.setattr(runs, "RUNS", [runs.Run("recipe", 50, (1,)), runs.Run("A", 50, (1, 2))])
 
     def stopped(run, seed, *data):
         begun.append((run.name, seed))
         for network in networks(run, seed, *data):
             yield network
-            if begun == [("the recipe", 0), ("textbook", 0)]:
+            if begun == [("recipe", 0), ("A", 0)]:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "networks", stopped)
     with pytest.raises(KeyboardInterrupt):
         runs.record_runs(path, CPU, seeds=[0])
     runs.record_runs(path, CPU, seeds=[0, 1])
-    assert begun == [("the recipe", 0), ("textbook", 0), ("textbook", 0), ("the recipe", 1),
-                     ("textbook", 1)]
-    mark, *rows = runs.read_runs(path)
-    assert mark["training"] == "training images" and mark["accuracy"] > 0.8
+    assert begun == [("recipe", 0), ("A", 0), ("A", 0), ("recipe", 1), ("A", 1)]
+    real, *rows = runs.read_runs(path)
+    assert real["training"] == "training images" and real["accuracy"] > 0.8
+    one_seed = [("recipe", "1"), ("A", "1"), ("B", "1"), ("A", "2"), ("B", "2")]
     assert [(row["training"], row["epochs"], row["seed"]) for row in rows] == [
-        ("the recipe", "1", "0"), ("textbook", "1", "0"), ("textbook", "2", "0"),
-        ("the recipe", "1", "1"), ("textbook", "1", "1"), ("textbook", "2", "1")]
+        (*run, seed) for seed in "01" for run in one_seed]
 
     before = path.read_text()
     monkeypatch.setattr(runs, "commit_of_src", lambda: "another")
-    with pytest.raises(InputError, match=r"runs\.csv is not of commit another of src"):
+    with pytest.raises(UserError, match=r"runs\.csv is not of commit another of src"):
         runs.record_runs(path, CPU, seeds=[0, 1, 2])
     assert path.read_text() == before

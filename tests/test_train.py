@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (REPOSITORY, Oracle, call, error_of, read_csv, saved_state, use_small_mnist)
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import train
-from common import InputError, epoch_checkpoints, generator, load_tensors
+from common import UserError, epoch_checkpoints, generator
 
 CPU = torch.device("cpu")
 
@@ -43,7 +42,7 @@ def test_schedule_ends_in_noise_for_every_t(time_steps):
 
 def test_a_t_whose_last_beta_would_be_1_is_refused():
     assert train.linear_beta_schedule(1000)[-1] * 1000 / 20 >= 1
-    with pytest.raises(InputError, match="at least 21"):
+    with pytest.raises(UserError, match="at least 21"):
         train.linear_beta_schedule(20)
 
 
@@ -143,17 +142,17 @@ def test_beyond_the_edge_nothing_is_wrong(edge):
 def test_a_quarter_of_the_batch_learns_to_guide_itself():
     scale = torch.tensor(0.1, requires_grad=True)
 
-    def network(x_t, t, labels):
+    def model(x_t, t, labels):
         return scale * labels.view(-1, 1, 1, 1).expand_as(x_t)
 
     labels = torch.tensor([3, 3, 3, train.NULL_LABEL, 3, 3, 3, 3])
     noise = torch.randn(8, 1, 4, 4)
     settings = train.Settings(loss_power=0, model_guidance=0.4)
-    loss = train.training_loss(network, torch.zeros_like(noise), torch.arange(8), noise, labels,
+    loss = train.training_loss(model, torch.zeros_like(noise), torch.arange(8), noise, labels,
                                train.cumulative_alphas(1000), settings)
     loss.backward()
     eps, targets = 0.1 * labels.numpy(), noise.numpy().copy()
-    targets[2] += 0.4 * (0.3 - 1)  # the third and the fourth; the fourth's label is hidden
+    targets[2] += 0.4 * (0.3 - 1)  # the third and the fourth; the fourth's label was dropped
     errors = eps[:, None, None, None] - targets
     assert loss.item() == pytest.approx((errors ** 2).mean(), rel=1e-3)
     slope = (2 * errors * labels.numpy()[:, None, None, None]).mean()  # the target does not move
@@ -183,13 +182,13 @@ def take_step(state, images=None, labels=None):
 
 
 def test_a_step_shows_the_network_what_it_should(state):
-    calls = []
+    calls, forward = [], state.model.forward
 
-    def network(x_t, t, labels):
+    def fast_forward(x_t, t, labels):
         calls.append((x_t, t, labels))
-        return state.model(x_t[:1], t[:1], labels[:1]).expand_as(x_t)  # fast
+        return forward(x_t[:1], t[:1], labels[:1]).expand_as(x_t)
 
-    state.network = network
+    state.model.forward = fast_forward
     white = torch.full((10000, 1, 28, 28), 255, dtype=torch.uint8)
     take_step(state, white, torch.full((10000,), 3))
     (x_t, t, labels), (guided_x_t, guided_t, nulls) = calls
@@ -198,25 +197,25 @@ def test_a_step_shows_the_network_what_it_should(state):
     for part in noise.split(2000):
         assert part.mean().item() == pytest.approx(0, abs=0.01)
         assert part.std().item() == pytest.approx(1, abs=0.01)
-    hidden = labels == train.NULL_LABEL
-    assert hidden.float().mean().item() == pytest.approx(state.settings.label_dropout, abs=0.005)
+    dropped = labels == train.NULL_LABEL
+    assert dropped.float().mean().item() == pytest.approx(state.settings.label_dropout, abs=0.005)
     assert set(labels.tolist()) == {3, train.NULL_LABEL} and set(nulls.tolist()) == {10}
     assert guided_x_t.equal(x_t[2500:5000]) and guided_t.equal(t[2500:5000])
     assert 185 <= guided_t.min() and guided_t.max() <= 310
 
 
-def test_the_average_follows_the_weights(state):
+def test_the_ema_follows_the_weights(state):
     expected = copy.deepcopy(state.model.state_dict())
     for step in range(5):
         take_step(state)
         decay = (1 + step) / (10 + step)
         for name, p in state.model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * p
-    torch.testing.assert_close(dict(state.average.state_dict()), expected)
+    torch.testing.assert_close(dict(state.ema.state_dict()), expected)
 
 
 @pytest.mark.parametrize("step, factor", [(0, 1), (100, 0.75), (200, 0.5), (399, 1 / 400)])
-def test_learning_rates_fall_to_0(state, step, factor):
+def test_learning_rates_decay_to_0(state, step, factor):
     state.steps_taken = step
     take_step(state)
     assert state.muon.rate.item() == pytest.approx(factor * state.settings.muon_rate)
@@ -283,7 +282,7 @@ def test_checkpoints_come_as_promised(tmp_path, small_mnist):
     assert checkpoint["config"] == dict(channels=1, image_size=28, time_steps=1000,
                                         widths=(32, 64))
     saved = saved_state(tmp_path)
-    torch.testing.assert_close(checkpoint["model_state_dict"], saved["average"], rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint["model_state_dict"], saved["ema"], rtol=0, atol=0)
     with Image.open(tmp_path / "datas/train_log.png") as picture:
         picture.load()
 
@@ -375,20 +374,6 @@ def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_
     assert saved_state(tmp_path)["step"] == 4 and list(epoch_checkpoints(tmp_path)) == [1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_acts_as_ever(number):
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda *arguments: received.append(signal.SIGTERM))
-    try:
-        with train.catch_signals() as signals:
-            os.kill(os.getpid(), number)
-            assert (signals, received) == ([number], [])
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert (signals, received) == ([number], [signal.SIGTERM])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def test_main_leaves_signals_as_it_found_them(tmp_path, small_mnist, monkeypatch):
     def handlers():
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -416,19 +401,9 @@ def spoil(what, step):
     return training_loss
 
 
-def test_a_full_memory_is_not_the_states_fault(tmp_path, whole_run, monkeypatch):
-    def full(*arguments):
-        raise torch.OutOfMemoryError("no memory is left")
-
-    for of, name in ((train, "State"), (torch.optim.Adam, "load_state_dict")):
-        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-            patch.setattr(of, name, full)
-            train.load_state(whole_run, CPU)
-
-
 def test_a_loss_that_is_infinite_is_not_saved_although_the_weights_are_finite(state, tmp_path):
     state.total_loss.fill_(torch.inf)
-    with pytest.raises(InputError, match="finite"):
+    with pytest.raises(UserError, match="diverged"):
         train.save_state(state, tmp_path)
 
 
@@ -450,7 +425,7 @@ def test_a_finished_run_goes_on_when_asked_for_more(tmp_path, whole_run, small_m
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
     assert "--n_epochs" in error_of(train.main, ["--root", str(tmp_path), "--resume"], capsys)
     run_small(tmp_path, "--resume", "--n_epochs", 4)
-    state = load_tensors(tmp_path / train.LATEST)
+    state = torch.load(tmp_path / train.LATEST, weights_only=True)
     assert [row["epoch"] for row in state["log"]] == [1, 2, 3, 4]
     assert state["settings"]["n_epochs"] == 4
     rate = state["adam"]["param_groups"][0]["lr"].item()
@@ -493,26 +468,12 @@ def test_two_processes_do_what_one_does_and_resume_each_other(small_repository, 
         torch.testing.assert_close(one["log"], two["log"], rtol=1e-3, atol=0)
         # Sums are taken in another order. In Adam's first steps that can turn the sign of a whole
         # step, where a gradient is near 0: so single weights differ more than their mean.
-        for name, weights in one["average"].items():
-            assert (weights - two["average"][name]).abs().mean() < 0.002
+        for name, weights in one["ema"].items():
+            assert (weights - two["ema"][name]).abs().mean() < 0.002
         if epoch == 1:
             for count, root in roots.items():
                 run_processes(small_repository, 3 - count, "--root", root, "--resume",
                               "--n_epochs", 2)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_several_processes_do_not_exchange_the_schedule(process_group):
-    state = train.State(train.Settings(width=8), CPU)
-    assert not state.network.will_sync_module_buffers()
-    take_step(state)
 
 
 def test_torchrun_deals_out_the_gpus(monkeypatch):
@@ -521,13 +482,9 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
         is_torchelastic_launched=lambda: True, get_node_local_rank=lambda: 1,
         init_process_group=lambda: asked.append("group")))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train.start_processes("cuda") == torch.device("cuda:1")
     assert asked == [torch.device("cuda:1"), "group"]
     assert train.start_processes("cpu") == CPU
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="fewer GPUs, 1, than processes"):
-        train.start_processes("cuda")
 
 
 @pytest.mark.parametrize("device, chosen", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
