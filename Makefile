@@ -13,22 +13,29 @@ test: .venv/installed-dev
 	.venv/bin/ruff check
 
 RUN = runs/released
+WEIGHTS = $(RUN)/checkpoints/diffusion_epoch_60.pth
 
-release: .venv/installed  # an hour or two: checkpoints/pretrained.pth, and all that shows it
-	$(PYTHON) src/train.py --root $(RUN) --n_epochs 100 --batch_size 128
-	$(PYTHON) src/test.py --root $(RUN) --every 2 --seeds 3
-	cp $(RUN)/checkpoints/diffusion_epoch_100.pth checkpoints/pretrained.pth
-	set -e; for file in train_log.csv train_log.png metrics.csv metrics.png; do \
-		cp $(RUN)/datas/$$file datas/released_$$file; done
-	cp $(RUN)/datas/metrics_closest_100.png datas/released_closest.png
+$(WEIGHTS): .venv/installed
+	$(PYTHON) src/train.py --root $(RUN) --n_epochs 60 --batch_size 128 \
+		$(if $(wildcard $(RUN)/checkpoints/latest.pth),--resume)
+
+release: $(WEIGHTS)  # an hour or two: checkpoints/pretrained.pth, and all that shows it
+	$(PYTHON) src/test.py --root $(RUN) --checkpoint_path $(WEIGHTS) --seeds 3
+	cp $(WEIGHTS) checkpoints/pretrained.pth
+	cp $(RUN)/datas/train_log.csv datas/released_train_log.csv
+	cp $(RUN)/datas/train_log.png datas/released_train_log.png
+	cp $(RUN)/datas/metrics.csv datas/released_metrics.csv
+	cp $(RUN)/datas/metrics_closest_60.png datas/released_closest.png
 	$(PYTHON) docs/figures.py
 
-TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe
+TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe trials
 
 tables: runs $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
 
-runs: .venv/installed  # hours, too: docs/tables/runs.csv, of which the last two tables are made
+runs: .venv/installed  # hours, too: docs/tables/runs.csv and trials.csv, for the last three tables
 	$(PYTHON) docs/runs.py
+	$(PYTHON) docs/runs.py trials
+	$(PYTHON) docs/runs.py race
 
 # docs/tables/training-avx2.md is the table "training" of another machine than training.md.
 docs/tables/%.md: .venv/installed always

@@ -2,23 +2,23 @@
 
     python docs/benchmark.py training    images a second, beside plain DDPM: minutes
     python docs/benchmark.py sampling    digits a second: minutes
-    python docs/benchmark.py released    the released weights' metrics: minutes
     python docs/benchmark.py floors      distances among real digits: a minute
     python docs/benchmark.py guidance    digits at several strengths of guidance: a quarter hour
     python docs/benchmark.py samplers    distance and time of every sampler: an hour
     python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
+    python docs/benchmark.py released    metrics of the released run
     python docs/benchmark.py time        digits after so many epochs, and baselines'
     python docs/benchmark.py recipe      digits of ablations
+    python docs/benchmark.py trials      digits of the runs by which the recipe was chosen
 
-The times are those of two CPU cores with bfloat16. The last two tables take a moment: they are the
-means of what docs/runs.py has measured. "make tables" prints all tables into their files, "make
-docs/tables/NAME.md" prints one.
+The times are those of two CPU cores with bfloat16. The last four tables take a moment: they are
+the means of what "make release" and docs/runs.py have measured. "make tables" prints all tables
+into their files, "make docs/tables/NAME.md" prints one.
 """
 import argparse
-import contextlib
+import csv
 import functools
-import io
 import resource
 import statistics
 import sys
@@ -31,15 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import test as evaluation
 import textbook
 import train
 from common import REPOSITORY, add_device_flag, generator, has_bf16, run_script
 from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor,
                       load_checkpoint, noise_levels, sample, spread_labels, to_pixels)
-from runs import (METRICS, N_SAMPLES, SEEDS, conditions, make_scorer, read_runs, rows_of,
-                  train_ablation)
-from test import (classify, distort, frechet_distance, judging, latent_features,
+from runs import (ABLATIONS, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS, TRIALS_FILE, conditions,
+                  make_scorer, read_runs, rows_of, train_ablation)
+from test import (FORMATS, classify, distort, frechet_distance, judging, latent_features,
                   load_classifier, mnist_pixels, pick_images, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
@@ -211,17 +210,6 @@ def sampling_speed(device, checkpoint_path=RELEASED):
 
 
 # ---- quality ----
-def released_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS):
-    """Print what src/test.py prints for the released weights."""
-    printed = io.StringIO()
-    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(printed):
-        evaluation.main(["--root", root, "--checkpoint_path", str(checkpoint_path), "--n_samples",
-                         str(n_samples), "--seeds", str(seeds), "--device", str(device)])
-    # no path of this machine, and not the last line, which says where the files are
-    *table, _ = printed.getvalue().replace(f"{REPOSITORY}/", "").splitlines()
-    print("```", *table, "```", sep="\n")
-
-
 @judging()
 def floor_table(device, checkpoint_path=RELEASED):
     """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
@@ -342,7 +330,7 @@ LOOKS = {"as they are": lambda images: images, "slightly distorted": slightly_di
 def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
     """Print how often a network tells digits from real ones, looked at in three ways.
 
-    The last line is of training images against test images. 50 % would be guessing.
+    The first line is of training images against test images. 50 % would be guessing.
     """
     images, labels = train.load_mnist("train", device=device)
     real, real_labels = train.load_mnist("test", device=device)
@@ -362,8 +350,7 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
     rows = {
         "training images": lambda seed: pick_images(images, labels, wanted),
         "two epochs of the recipe": of_a_short_run("recipe"),
-        "the same without the clamp": of_a_short_run(
-            "no_clamp"),
+        "the same without the clamp": of_a_short_run("no_clamp"),
         checkpoint_path.stem: functools.partial(generated, released),
     }
     print(f"{len(real):,} digits of a kind and as many test images, of which a fifth is asked for; "
@@ -378,54 +365,53 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
         print_row(name, *(with_deviation(values, ".1%") for values in shares.values()))
 
 
-# ---- short runs ----
-# Of each table of runs: what is trained, in batches of how many, for how many epochs.
+# ---- the release and short runs ----
+def released_table():
+    """Print the metrics of the released run, from datas/released_metrics.csv."""
+    with open(REPOSITORY / "datas/released_metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    n_samples, seeds = int(rows[-1]["n_samples"]), {row["seed"] for row in rows[1:]}
+    print(f"{n_samples:,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps, {len(seeds)} seeds of "
+          "sampling.\n")
+    print_header("epochs", *FORMATS)
+    for epoch in dict.fromkeys(row["epoch"] for row in rows):
+        print_row(epoch, *(with_deviation([float(row[name]) for row in rows
+                                           if row["epoch"] == epoch], form)
+                           for name, form in FORMATS.items()))
+
+
+# What is trained, in batches of how many, for how many epochs.
 OVER_TIME = {
     "A: plain DDPM": [("A", 64, epochs) for epochs in (2, 4, 8, 16)],
     "B: A with EMA": [("B", 64, epochs) for epochs in (2, 4, 8, 16)],
     "C: B with the cosine schedule, without label dropout": [
         ("C", 64, epochs) for epochs in (2, 4, 8, 16)],
-    "D: C with a learning rate of 0.002 that decays": [("D", 64, epochs) for epochs in (4, 8)],
-    "the recipe": [("recipe", 64, 1), ("recipe", 64, 2), ("recipe", 64, 8), ("recipe", 128, 16)],
-}
-OF_ABLATIONS = {
-    "the recipe": [("recipe", 64, 2), ("recipe", 64, 1)],
-    "no clamp: darker than black is an error": [("no_clamp", 64, 2), ("no_clamp", 64, 1)],
-    "no model guidance": [("no_guidance", 64, 2), ("no_guidance", 64, 1)],
-    "no model guidance, t nearly uniform": [("no_guidance_uniform_t", 64, 2)],
-    "no model guidance, t nearly uniform, DDPM's loss": [("ddpm_loss", 64, 2)],
-    "DDPM's weights of t": [("no_loss_power", 64, 2), ("no_loss_power", 64, 1)],
-    "no gradient clipping": [("no_clipping", 64, 2), ("no_clipping", 64, 1)],
-    "Adam at 0.001 for all": [("adam_0.001", 64, 2)],
-    "Adam at 0.002 for all": [("adam_0.002", 64, 2)],
-    "Adam at 0.005 for all": [("adam_0.005", 64, 2)],
-    "no EMA": [("no_ema", 64, 2)],
-    "no learning rate decay": [("no_decay", 64, 2)],
-    "the first half of a run": [("half_run", 64, 2)],
-    "the first half of a run, no EMA": [("half_run_no_ema", 64, 2)],
-    "label dropout 0.1": [("label_dropout_0.1", 64, 2)],
+    "D: C with a learning rate of 0.002 that decays": [("D", 64, epochs) for epochs in (4, 8, 16)],
+    "the recipe": [("recipe", 64, epochs) for epochs in (1, 2, 4, 8, 16)],
+    "the recipe without model guidance": [("no_guidance", 64, epochs) for epochs in (2, 8)],
 }
 
 
-def runs_table(shown):
+def runs_table(shown, path=RUNS_FILE):
     """Print the metrics and times of short runs; shown: {what: [(name, batch size, epochs)]}."""
-    real, *rows = read_runs()
-    found = [(what, epochs, batch_size, rows_of(rows, name, batch_size, epochs))
+    real, *rows = read_runs(path)
+    found = [(what, epochs, rows_of(rows, name, batch_size, epochs))
              for what, runs in shown.items() for name, batch_size, epochs in runs]
     measured = [row for *_, of_run in found for row in of_run]
     machines = sorted({row["machine"] for row in measured})
     print_conditions(measured)
-    print(f"{N_SAMPLES:,} digits of each run; docs/tables/runs.csv has all runs.\n")
-    print_header("training", "epochs", "batch", "seeds",
-                 *(f"seconds, {machine}" for machine in machines), *QUALITY)
-    for what, epochs, batch_size, of_run in found:
+    print(f"Batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/{path.name} has all "
+          "runs.\n")
+    print_header("training", "epochs", "seeds", *(f"seconds, {machine}" for machine in machines),
+                 *QUALITY)
+    for what, epochs, of_run in found:
         if of_run:
             times = ([float(row["seconds"]) for row in of_run if row["machine"] == machine]
                      for machine in machines)
-            print_row(what, epochs, batch_size, len(of_run),
+            print_row(what, epochs, len(of_run),
                       *(with_deviation(values, ".0f") if values else "" for values in times),
                       *quality_cells(of_run))
-    print_row("training images", "", "", "", *("" for _ in machines), *quality_cells([real]))
+    print_row("real digits", "", "", *("" for _ in machines), *quality_cells([real]))
 
 
 def time_table():
@@ -434,15 +420,23 @@ def time_table():
 
 
 def recipe_table():
-    """Print what digits are worth without one or a few choices of the recipe."""
-    runs_table(OF_ABLATIONS)
+    """Print what digits are worth without one choice of the recipe."""
+    runs_table({ablation.label: [(name, 64, 2)] for name, ablation in ABLATIONS.items()})
+
+
+def trials_table():
+    """Print the runs by which the recipe was chosen, compared with training images held out."""
+    tried = {"recipe": ABLATIONS["recipe"]} | TRIALS
+    runs_table({trial.label: [(name, 64, 1), (name, 64, 2)] for name, trial in tried.items()},
+               TRIALS_FILE)
 
 
 # ---- command line ----
-MEASURED_NOW = {"training": training_speed, "sampling": sampling_speed, "released": released_table,
-                "floors": floor_table, "guidance": guidance_table, "samplers": sampler_table,
+MEASURED_NOW = {"training": training_speed, "sampling": sampling_speed, "floors": floor_table,
+                "guidance": guidance_table, "samplers": sampler_table,
                 "usefulness": usefulness_table, "told_apart": told_apart_table}
-OF_RUNS = {"time": time_table, "recipe": recipe_table}
+OF_RUNS = {"released": released_table, "time": time_table, "recipe": recipe_table,
+           "trials": trials_table}
 
 
 def main(argv=None):

@@ -3,38 +3,46 @@
     python docs/figures.py
 
 generated_samples/released.png and .gif: a hundred digits, and the way of some from noise;
-docs/figures/: what happens along t, what guidance does, and how digits become better in training.
+docs/figures/: what happens along t, what guidance does, how digits become better in training, and a
+race of the recipe with its strongest baseline. Plots have a second form for GitHub's dark pages.
 """
 import argparse
+import io
 import statistics
 import sys
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import torch
 from PIL import Image, ImageOps
+from matplotlib import style
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
+from benchmark import OVER_TIME
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels)
-from benchmark import OVER_TIME
-from runs import read_runs, rows_of
+from runs import RACE_FILE, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
 
 
-def save_figure(figure, name):
-    with replacing(FOLDER / name) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+def save_figure(name, draw, *arguments):
+    """Write the Figure that draw(*arguments) returns as {name}.png and {name}_dark.png."""
+    for suffix, theme in (("", "default"), ("_dark", "dark_background")):
+        with style.context(theme), replacing(FOLDER / f"{name}{suffix}.png") as file:
+            draw(*arguments).savefig(file, format="png", dpi=120, transparent=True,
+                                     bbox_inches="tight")
 
 
 # ---- digits ----
 def digits_grid(model):
-    """A hundred digits, ten of each: two columns for each digit."""
+    """Write a hundred digits, ten of each: two columns for each digit."""
     digits = sample(model, torch.arange(100) % 10)[-1]
     grid = ImageOps.scale(draw_grid(digits, 20), 3, Image.Resampling.NEAREST)
     with replacing(SAMPLES / "released.png") as file:
@@ -42,7 +50,7 @@ def digits_grid(model):
 
 
 def way_from_noise(model, steps=36):
-    """x_t above, and below it the clean image that is predicted from it, for ten digits."""
+    """Write x_t above, and below it the clean image that is predicted from it, for ten digits."""
     chosen = SAMPLERS[DEFAULT_SAMPLER]
     predict_x_0 = clean_image_predictor(model, torch.arange(10), guidance=1)
     frames = []
@@ -68,7 +76,7 @@ def way_from_noise(model, steps=36):
 
 
 def guidance_rows(model, digit=3):
-    """Ten digits of one kind at each of four strengths of guidance, from the same noise."""
+    """Return ten digits of one kind at each of four strengths of guidance, from the same noise."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     strengths = 0, 1, 2, 4
     for axes, strength in zip(figure.subplots(len(strengths), 1), strengths, strict=True):
@@ -76,90 +84,142 @@ def guidance_rows(model, digit=3):
         axes.imshow(draw_grid(digits, 10))
         axes.set_ylabel(f"s = {strength}", rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
-    save_figure(figure, "guidance.png")
+    return figure
 
 
 # ---- along t ----
 @torch.no_grad()
 def along_t(model):
-    """A digit noised at ten t, what the network takes it to be, and how often each t is drawn."""
-    settings = train.Settings()
+    """Return a test digit noised at ten t, and the network's guess at each."""
+    time_steps = model.config["time_steps"]
     image, label = (values[7:8] for values in train.load_mnist("test"))
-    places = torch.arange(10) / 10 + 0.05  # t / T, each in the middle of its picture
-    t = (places * settings.time_steps).long()
-    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(settings.time_steps))
+    shares = torch.arange(10) / 10 + 0.05  # t / T, each in the middle of its picture
+    t = (shares * time_steps).long()
+    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(time_steps))
     noise = torch.randn(10, 1, 28, 28, generator=generator("cpu", "samples", 0, 0))
     x_t = train.forward_diffusion_sample(image / 127.5 - 1, noise, alpha_t, sigma_t)
-    predicted = train.implied_x_0(model(x_t, t, label.expand(10)), x_t, alpha_t, sigma_t)
+    guess = train.x_0_from_v(model(x_t, t, label.expand(10)), x_t, alpha_t, sigma_t)
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    density, noised, clean = figure.subplots(3, 1, height_ratios=(1.6, 1, 1))
-    drawn = train.draw_t(1_000_000, settings, generator("cpu", "step", 0)) / settings.time_steps
-    density.hist(drawn, bins=100, range=(0, 1), density=True, color="tab:blue", alpha=0.5)
-    first, last = drawn[len(drawn) // 4], drawn[len(drawn) // 2]  # the batch's second quarter
-    density.axvspan(first, last, color="tab:orange", alpha=0.3, label="learns to guide itself")
-    density.set(xlim=(0, 1), yticks=[], ylabel="how often\nt is drawn", xlabel="t / T")
-    density.xaxis.tick_top()
-    density.xaxis.set_label_position("top")
-    density.legend(loc="upper right")
-    for axes, images, name in ((noised, x_t, "x_t"), (clean, predicted, "predicted\nx_0")):
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    for axes, images, name in zip(figure.subplots(2, 1, sharex=True), (x_t, guess),
+                                  ("noisy image", "guess"), strict=True):
         axes.imshow(torch.cat(list(to_pixels(images)[:, 0]), dim=1), cmap="gray", vmin=0, vmax=255,
                     extent=(0, 1, 0, 0.1), aspect="auto")
-        axes.set(xticks=[], yticks=[], ylabel=name)
-    save_figure(figure, "along_t.png")
+        axes.set(yticks=[], xticks=torch.arange(11) / 10, ylabel=name)
+    axes.set_xlabel("t / T")
+    return figure
+
+
+def density_of_t():
+    """Return how often each t is drawn in training, with the interval of model guidance."""
+    settings = train.Settings()
+    drawn = train.draw_t(1_000_000, settings, generator("cpu", "step", 0)) / settings.time_steps
+    figure = Figure(figsize=(9, 2), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(drawn, bins=100, range=(0, 1), density=True, color="tab:blue", alpha=0.6)
+    axes.axvspan(settings.guided_min, settings.guided_max, color="tab:orange", alpha=0.4,
+                 label="model guidance")
+    axes.set(xlim=(0, 1), yticks=[], xticks=torch.arange(11) / 10, xlabel="t / T",
+             ylabel="how often\nt is drawn")
+    axes.legend(loc="upper right")
+    return figure
 
 
 # ---- training ----
-def mean_of(rows, column):
-    return statistics.mean(float(row[column]) for row in rows)
+COLORS = {"A": "tab:gray", "B": "tab:olive", "C": "tab:green", "D": "tab:orange",
+          "recipe": "tab:blue"}
+
+
+def curves():
+    """Return {name: (minutes, distances)}, means over the runs of each baseline and the recipe.
+
+    The minutes are those of the machine that most runs were done on; what was not timed there is
+    left out.
+    """
+    _, *rows = read_runs()
+    machine = statistics.mode(row["machine"] for row in rows)
+    found = {}
+    for runs in OVER_TIME.values():
+        points = []
+        for run in runs:
+            timed = [row for row in rows_of(rows, *run) if row["machine"] == machine]
+            if timed:
+                points.append((statistics.mean(float(row["seconds"]) / 60 for row in timed),
+                               statistics.mean(row["fid_classifier"] for row in timed)))
+        found[runs[0][0]] = tuple(zip(*points, strict=True))
+    return {name: found[name] for name in COLORS}
 
 
 def quality_over_time():
-    """Frechet distance and accuracy against the time of training: the recipe and the baselines.
+    """Return the Frechet distance against the minutes of training.
 
-    The minutes are those of the machine that most runs were done on, and what was not timed there
-    is left out. Distances are means over the runs on all machines.
+    An arrow shows how much sooner the recipe has the distance at which baseline D ends.
     """
-    real, *rows = read_runs()
-    machine = statistics.mode(row["machine"] for row in rows)
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    colors = "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:blue"
-    places = (6, 6), (0, 12), (9, -2), (-40, -12), (4, 6)  # of the percentages, beside their dots
-    for (what, runs), color, place in zip(OVER_TIME.items(), colors, places, strict=True):
-        minutes, distances = [], []
-        for run in runs:
-            found = rows_of(rows, *run)
-            timed = [row for row in found if row["machine"] == machine]
-            if not timed:
-                continue
-            minutes.append(mean_of(timed, "seconds") / 60)
-            distances.append(mean_of(found, "fid_classifier"))
-            single = [row["fid_classifier"] for row in found]
-            axes.plot([minutes[-1]] * len(single), single, ".", color=color, alpha=0.5)
-            axes.annotate(f"{mean_of(found, 'accuracy'):.1%}", (minutes[-1], distances[-1]), place,
-                          color=color, textcoords="offset points", bbox=dict(color="white", pad=0))
-        axes.plot(minutes, distances, "o-", color=color, label=what)
-    axes.axhline(real["fid_classifier"], color="black", linestyle="--", label="training images")
-    axes.set(xscale="log", yscale="log", xlabel=f"minutes of training on {machine}",
-             ylabel="Frechet distance")
+    measured = curves()
+    for name, (minutes, distances) in measured.items():
+        axes.plot(minutes, distances, "o-", color=COLORS[name], lw=2)
+        axes.annotate(name, (minutes[-1], distances[-1]), (0, 7), color=COLORS[name], size=14,
+                      textcoords="offset points", ha="center", weight="bold")
+    end, goal = (values[-1] for values in measured["D"])
+    minutes, distances = np.log(measured["recipe"])
+    sooner = np.exp(np.interp(-np.log(goal), -distances, minutes))
+    axes.annotate("", (sooner, goal), (end, goal), arrowprops=dict(arrowstyle="->", lw=1.5,
+                  color=matplotlib.rcParams["text.color"]))
+    axes.annotate(f"{end / sooner:.1f} times sooner", ((sooner * end) ** 0.5, goal), (0, -16),
+                  textcoords="offset points", ha="center", size=13)
+    real, *_ = read_runs()
+    axes.axhline(real["fid_classifier"], color="tab:gray", ls="--")
+    axes.annotate("real digits", (0, real["fid_classifier"]), (6, 4), size=12,
+                  xycoords=("axes fraction", "data"), textcoords="offset points")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel("minutes of training on one core", size=13)
+    axes.set_ylabel("Frechet distance", size=13)
+    axes.tick_params(labelsize=12)
     label_log_axis(axes.xaxis)
     label_log_axis(axes.yaxis)
-    axes.margins(0.12)
-    figure.legend(loc="outside upper center", ncols=2)
-    save_figure(figure, "time.png")
+    axes.margins(0.1)
+    return figure
+
+
+def race():
+    """Write race.gif and race.png: ten digits of baseline D and of the recipe, minute by minute."""
+    with np.load(RACE_FILE) as file:
+        minutes, digits = file["minutes"], {name: file[name] for name in ("D", "recipe")}
+    frames = []
+    for place, minute in enumerate(minutes):
+        figure = Figure(figsize=(8, 2.1), layout="constrained")
+        rows = figure.subplots(2, 1)
+        for axes, (name, images) in zip(rows, digits.items(), strict=True):
+            axes.imshow(draw_grid(torch.from_numpy(images[place]), 10))
+            axes.set(xticks=[], yticks=[])
+            axes.set_ylabel(name, size=12, color=COLORS[name], weight="bold")
+        figure.suptitle(f"after {minute} minute{'s' if minute > 1 else ''} on one core", size=14)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=100)
+        frames.append(Image.open(picture).convert("RGB").quantize(64))
+    with replacing(FOLDER / "race.gif") as file:
+        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[1500] * (len(frames) - 1) + [4000])  # ms
+    with replacing(FOLDER / "race.png") as file:
+        frames[-1].save(file, format="png")
 
 
 # ---- command line ----
 def main(argv=None):
+    """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.parse_args(argv)
     model, _ = load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth")
     digits_grid(model)
     way_from_noise(model)
-    guidance_rows(model)
-    along_t(model)
-    quality_over_time()
+    save_figure("guidance", guidance_rows, model)
+    save_figure("along_t", along_t, model)
+    save_figure("density_of_t", density_of_t)
+    save_figure("time", quality_over_time)
+    if RACE_FILE.exists():
+        race()
 
 
 if __name__ == "__main__":

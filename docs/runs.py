@@ -1,12 +1,18 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
-    python docs/runs.py    eight hours or so on two CPU cores, without bfloat16 thrice as many
+    python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
+    python docs/runs.py trials    the runs by which the recipe was chosen: two hours
+    python docs/runs.py race      digits for the picture of a race: an hour
 
 These are runs of the recipe, of ablations, which lack one or a few of its choices, and of the
 baselines A to D, each with several seeds. A run that the file has is not done again. So it can grow
 over several sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can
-share the work if each has seeds of its own. "python docs/benchmark.py time" and "python
-docs/benchmark.py recipe" print the means.
+share the work if each has seeds of its own. "python docs/benchmark.py time", "recipe" and "trials"
+print the means.
+
+The recipe is chosen by trials, which are trained on the first 50,000 training images, compared with
+the last 10,000 and written to docs/tables/trials.csv. So the test images judge it, but do not
+choose it.
 """
 import argparse
 import copy
@@ -18,6 +24,7 @@ import itertools
 import math
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -32,11 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import textbook
 import train
 from common import (REPOSITORY, UserError, add_device_flag, add_flag, bounded, has_bf16,
-                    prepare_folder, run_script, write_csv)
-from generate import sample, spread_labels
-from test import judging, make_judge
+                    prepare_folder, replacing, run_script, write_csv)
+from generate import clean_image_predictor, sample, spread_labels
+from test import Judge, judging, load_classifier
 
 RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
+TRIALS_FILE = REPOSITORY / "docs/tables/trials.csv"
+RACE_FILE = REPOSITORY / "docs/tables/race.npz"
 N_SAMPLES = 10_000
 SEEDS = 3
 METRICS = "accuracy", "fid_classifier", "precision", "recall"
@@ -77,6 +87,15 @@ def conditions(device):
                 python=platform.python_version(), date=str(datetime.date.today()))
 
 
+def steps_of_epochs(settings, n_images):
+    """Yield the steps of each epoch. n_epochs may be a fraction: the last epoch is then shorter."""
+    steps = n_images // settings.batch_size
+    left = round(settings.n_epochs * steps)
+    while left > 0:
+        yield min(left, steps)
+        left -= steps
+
+
 # ---- baselines ----
 class Baseline(NamedTuple):
     """How a baseline differs from docs/textbook.py."""
@@ -90,6 +109,17 @@ class Baseline(NamedTuple):
 BASELINES = {"A": Baseline(),
              "C": Baseline(cosine=True, label_dropout=0.0),
              "D": Baseline(cosine=True, label_dropout=0.0, rate=0.002, decays=True)}
+
+
+def predictor_by_noise(model, labels, guidance):
+    """Return predict_x_0 as generate.clean_image_predictor does, for a network of a baseline.
+
+    It predicts the noise. guidance is not supported.
+    """
+    def predict_x_0(x_t, t, alpha_t, sigma_t):
+        eps = textbook.predict_noise(model, x_t, torch.full_like(labels, t), labels)
+        return ((x_t - sigma_t * eps) / alpha_t).clamp(-1, 1)
+    return predict_x_0
 
 
 def cosine_t():
@@ -132,15 +162,16 @@ def train_baseline(name, settings, images, labels):
     optimizer = torch.optim.Adam(model.parameters(), baseline.rate)
     ema = follow_with_ema(model, optimizer, settings.ema_decay)
     if baseline.decays:
-        decay_rate(optimizer, settings.n_epochs * (len(images) // settings.batch_size))
+        decay_rate(optimizer, sum(steps_of_epochs(settings, len(images))))
     all_t = cosine_t().to(device)
 
     def draw_t(batch_size, device):
         t = textbook.uniform_t(batch_size, device)
         return all_t[t] if baseline.cosine else t
 
-    for _ in range(settings.n_epochs):
-        textbook.train_epoch(model, optimizer, images, labels, settings.batch_size,
+    for steps in steps_of_epochs(settings, len(images)):
+        part = torch.randperm(len(images), device=device)[:steps * settings.batch_size]
+        textbook.train_epoch(model, optimizer, images[part], labels[part], settings.batch_size,
                              baseline.label_dropout, draw_t)
         yield {"A": model, "B": ema} if name == "A" else {name: ema}
 
@@ -159,41 +190,45 @@ class Ablation(NamedTuple):
 
     The learning rates reach 0 after as many steps as the run has, times horizon.
     """
+    label: str  # in tables
     settings: dict
     change: Callable | None = None  # of the State
     horizon: float = 1
 
 
-UNGUIDED = dict(model_guidance=0.0)
-UNIFORM_T = dict(t_mean=0.0, t_std=1.7)  # nearly
 ABLATIONS = {
-    "recipe": Ablation({}),
-    "no_clamp": Ablation(dict(edge=math.inf)),
-    "no_guidance": Ablation(UNGUIDED),
-    "no_guidance_uniform_t": Ablation(UNGUIDED | UNIFORM_T),
-    "ddpm_loss": Ablation(UNGUIDED | UNIFORM_T | dict(loss_power=0.0)),
-    "no_loss_power": Ablation(dict(loss_power=0.0)),
-    "no_clipping": Ablation(dict(max_norm=math.inf)),
-    "adam_0.001": Ablation(dict(adam_rate=0.001), adam_alone),
-    "adam_0.002": Ablation(dict(adam_rate=0.002), adam_alone),
-    "adam_0.005": Ablation(dict(adam_rate=0.005), adam_alone),
-    "no_ema": Ablation(dict(ema_decay=0.0)),
-    "no_decay": Ablation({}, horizon=math.inf),
-    "half_run": Ablation({}, horizon=2),
-    "half_run_no_ema": Ablation(dict(ema_decay=0.0), horizon=2),
-    "label_dropout_0.1": Ablation(dict(label_dropout=0.1)),
+    "recipe": Ablation("the recipe", {}),
+    "no_muon": Ablation("Adam at 0.002 instead of Muon", dict(adam_rate=0.002), adam_alone),
+    "no_guidance": Ablation("no model guidance", dict(model_guidance=0.0)),
+    "uniform_t": Ablation("t nearly uniform", dict(t_mean=0.0, t_std=1.7)),
+    "no_decay": Ablation("no learning rate decay", {}, horizon=math.inf),
+    "no_clamp": Ablation("no clamp: darker than black is an error", dict(clamp=math.inf)),
+}
+LATER = dict(guided_min=0.24, guided_max=0.38)
+TRIALS = {
+    "noise_loss": Ablation("the squared error of the noise", dict(loss_power=2.0)),
+    "v_loss": Ablation("the squared error of v", dict(loss_power=0.0)),
+    "guided_later": Ablation("model guidance from 0.24 to 0.38", LATER),
+    "guided_later_0.45": Ablation("model guidance of 0.45 from 0.24 to 0.38",
+                                  dict(LATER, model_guidance=0.45)),
+    "guidance_0.7": Ablation("model guidance of 0.7", dict(model_guidance=0.7)),
+    "t_mean_-0.5": Ablation("mean of logit(t / T) -0.5", dict(t_mean=-0.5)),
+    "no_clipping": Ablation("no gradient clipping", dict(max_norm=math.inf)),
+    "muon_0.015": Ablation("Muon at 0.015", dict(muon_rate=0.015)),
+    "adam_0.004": Ablation("Adam at 0.004", dict(adam_rate=0.004)),
+    "label_dropout_0.1": Ablation("label dropout 0.1", dict(label_dropout=0.1)),
 }
 
 
 def train_ablation(name, settings, images, labels):
-    """Yield {name: EMA of the network} after each epoch of an ablation, or of the recipe."""
-    ablation = ABLATIONS[name]
+    """Yield {name: EMA of the network} after each epoch of an ablation, a trial or the recipe."""
+    ablation = (ABLATIONS | TRIALS)[name]
     state = train.State(dataclasses.replace(settings, **ablation.settings), images.device)
     if ablation.change:
         ablation.change(state)
-    total_steps = settings.n_epochs * (len(images) // settings.batch_size) * ablation.horizon
-    for epoch in range(settings.n_epochs):
-        for batch in train.epoch_batches(settings, epoch, len(images), images.device):
+    total_steps = sum(steps_of_epochs(settings, len(images))) * ablation.horizon
+    for epoch, steps in enumerate(steps_of_epochs(settings, len(images))):
+        for batch in train.epoch_batches(settings, epoch, len(images), images.device)[:steps]:
             train.take_step(state, images[batch], labels[batch], total_steps)
         yield {name: state.ema}
 
@@ -212,22 +247,30 @@ class Run(NamedTuple):
 # After a change here, take the rows of what has changed out of runs.csv.
 #
 # Where the learning rate is constant, one run passes through all epochs. Where it decays over a
-# run, each number of epochs is a run of its own. The longest is in batches of 128, in which the
-# released weights were trained.
-RUNS = [Run("A", 64, (2, 4, 8, 16)), Run("C", 64, (2, 4, 8, 16)), Run("D", 64, (4,)),
-        Run("D", 64, (8,)), Run("recipe", 64, (8,)), Run("recipe", 128, (16,)),
-        *(Run(name, 64, (2,)) for name in ABLATIONS),
-        *(Run(name, 64, (1,)) for name in ("recipe", "no_clamp", "no_guidance", "no_loss_power",
-                                           "no_clipping"))]
+# run, each number of epochs is a run of its own.
+RUNS = [Run("A", 64, (2, 4, 8, 16)), Run("C", 64, (2, 4, 8, 16)),
+        *(Run("D", 64, (epochs,)) for epochs in (4, 8, 16)),
+        *(Run("recipe", 64, (epochs,)) for epochs in (1, 2, 4, 8, 16)),
+        Run("no_guidance", 64, (8,)),
+        *(Run(name, 64, (2,)) for name in ABLATIONS if name != "recipe")]
+TRIAL_RUNS = [Run(name, 64, (epochs,)) for epochs in (1, 2) for name in ("recipe", *TRIALS)]
+
+
+def load_parts(device, trials=False):
+    """Return ((images, labels), (images, labels)) to train on and to compare with."""
+    training = train.load_mnist("train", device=device)
+    if not trials:
+        return training, train.load_mnist("test", device=device)
+    return tuple(zip(*(values.split([50_000, 10_000]) for values in training), strict=True))
 
 
 @judging()
-def make_scorer(device, n_samples):
+def make_scorer(device, n_samples, trials=False):
     """Return (labels (N,), score, real): score(digits) returns the metrics of digits for them.
 
     real: the metrics of as many training images.
     """
-    judge = make_judge(28, 1, device)
+    judge = Judge(load_classifier(device), *load_parts(device, trials))
     labels = spread_labels(judge.test_labels, n_samples)
 
     @judging()
@@ -283,7 +326,7 @@ def append_rows(path, rows):
         file.write(lines.getvalue())
 
 
-def record_runs(path, device, seeds):
+def record_runs(path, runs, device, seeds, trials=False):
     """Do the runs that the file lacks, one seed after the other, and add their rows to it.
 
     Its first row is of training images. Raises UserError for a file of another commit of src.
@@ -291,33 +334,70 @@ def record_runs(path, device, seeds):
     here = conditions(device)  # asked now, for src may be edited while it runs
     if path.exists() and {row["commit"] for row in read_runs(path)} != {here["commit"]}:
         raise UserError(f"{path} is not of commit {here['commit']} of src: move it away")
-    wanted, score, real = make_scorer(device, N_SAMPLES)
-    images, labels = train.load_mnist("train", device=device)
+    wanted, score, real = make_scorer(device, N_SAMPLES, trials)
+    (images, labels), _ = load_parts(device, trials)
     if not path.exists():
         write_csv(path, [new_row("training images", real, here)])
-    for seed, run in itertools.product(seeds, RUNS):
+    for seed, run in itertools.product(seeds, runs):
         done = rows_of(read_runs(path), run.name, run.batch_size, run.epochs[-1])
         if str(seed) in [row["seed"] for row in done]:
             continue
+        predictor = predictor_by_noise if run.name in BASELINES else clean_image_predictor
         rows = []
         for epoch, trained, seconds in networks(run, seed, images, labels):
             for name, network in trained.items():
-                scores = score(sample(network, wanted, seed=seed)[-1])
+                digits = sample(network, wanted, seed=seed, predictor=predictor)[-1]
+                scores = score(digits)
                 rows.append(new_row(name, scores, here, run.batch_size, epoch, seed,
                                     f"{seconds:.1f}"))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
         append_rows(path, rows)
 
 
+# ---- the race ----
+def record_race(device, minutes=(1, 2, 4, 8, 16)):
+    """Write the same ten digits by baseline D and by the recipe after each number of minutes.
+
+    Each is a run of its own, whose learning rates decay to its end. How many epochs fit into the
+    minutes, the runs in runs.csv of this machine and commit say; UserError where there are none.
+    """
+    images, labels = train.load_mnist("train", device=device)
+    here, digits = conditions(device), {}
+    rows = [row for row in read_runs()
+            if (row["machine"], row["commit"]) == (here["machine"], here["commit"])]
+    if not {"D", "recipe"} <= {row["training"] for row in rows}:
+        raise UserError(f"{RUNS_FILE} has no runs of D and the recipe on this machine: python "
+                        "docs/runs.py")
+    for name, train_one, predictor in (("D", train_baseline, predictor_by_noise),
+                                       ("recipe", train_ablation, clean_image_predictor)):
+        epoch_seconds = statistics.median(float(row["seconds"]) / int(row["epochs"])
+                                          for row in rows if row["training"] == name)
+        digits[name] = []
+        for minute in minutes:
+            settings = train.Settings(n_epochs=60 * minute / epoch_seconds, batch_size=64)
+            *_, trained = train_one(name, settings, images, labels)
+            digits[name].append(sample(trained[name], torch.arange(10), predictor=predictor)[-1])
+    with replacing(RACE_FILE) as file:
+        np.savez_compressed(file, minutes=minutes,
+                            **{name: torch.stack(made).numpy() for name, made in digits.items()})
+
+
 # ---- command line ----
 def main(argv=None):
-    """Do the runs that docs/tables/runs.csv lacks."""
+    """Do the runs that docs/tables/runs.csv or trials.csv lacks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_device_flag(parser)
     add_flag(parser, "seeds", "of each run", [*range(SEEDS)], type=bounded(int, 0), nargs="+")
+    parser.add_argument("what", nargs="?", choices=["runs", "trials", "race"], default="runs")
     args = parser.parse_args(argv)
     prepare_folder(RUNS_FILE.parent)
-    record_runs(RUNS_FILE, train.start_processes(args.device), args.seeds)
+    device = train.start_processes(args.device)
+    if args.what == "race":
+        record_race(device)
+    elif args.what == "trials":
+        record_runs(TRIALS_FILE, TRIAL_RUNS, device, args.seeds, trials=True)
+    else:
+        record_runs(RUNS_FILE, RUNS, device, args.seeds)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 The README explains diffusion by this file, and docs/runs.py measures it as baseline A.
 """
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -18,13 +19,17 @@ from generate import draw_grid, to_pixels
 from train import NULL_LABEL, SimpleUnet, load_mnist
 
 T = 1000
-betas = torch.linspace(1e-4, 0.02, T)
-alphas_cumprod = (1 - betas).cumprod(0)
+
+
+@functools.cache
+def alphas_cumprod(device):
+    betas = torch.linspace(1e-4, 0.02, T, device=device)
+    return (1 - betas).cumprod(0)
 
 
 def alpha_and_sigma(t):
-    """Return the shares of image and noise in x_t, (B, 1, 1, 1) each. t: (B,)."""
-    a = alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    """Return the coefficients of image and noise in x_t, (B, 1, 1, 1) each. t: (B,)."""
+    a = alphas_cumprod(t.device)[t].view(-1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 
 
@@ -68,7 +73,7 @@ def sample(model, labels, steps=50):
         alpha_t, sigma_t = alpha_and_sigma(t)
         eps = predict_noise(model, x_t, t, labels)
         x_0 = ((x_t - sigma_t * eps) / alpha_t).clamp(-1, 1)
-        eps = (x_t - alpha_t * x_0) / sigma_t  # which would give the clipped image
+        eps = (x_t - alpha_t * x_0) / sigma_t  # the noise consistent with the clipped x_0
         alpha_next, sigma_next = alpha_and_sigma(t_next)
         x_t = alpha_next * x_0 + sigma_next * eps
     return x_0
@@ -80,7 +85,8 @@ if __name__ == "__main__":
     images, labels = load_mnist("train", device=device)
     model = SimpleUnet().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    for _ in range(2):
+    for epoch in (1, 2):
+        print(f"epoch {epoch} of 2", flush=True)
         train_epoch(model, optimizer, images, labels)
     digits = to_pixels(sample(model, torch.arange(100, device=device) % 10)).cpu()
     draw_grid(digits, 10).save(REPOSITORY / "generated_samples/textbook.png")

@@ -1,4 +1,4 @@
-"""What the scripts share beside the model: errors, random numbers, files, plots, flags."""
+"""What the scripts share besides the model: errors, random numbers, files, plots, flags."""
 import argparse
 import contextlib
 import csv
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released we
 
 # ---- errors ----
 class UserError(Exception):
-    """Something that the user has to mend. Its text is one line: what is wrong, what to do."""
+    """An error that the user can mend. Its text is one line: what is wrong, what to do."""
 
 
 def run_script(main):
@@ -55,8 +55,8 @@ def explain_write_errors(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose "
-                        "another place; no old file is lost") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): free space, or choose "
+                        "another path; existing files are intact") from error
 
 
 # ---- devices and random numbers ----
@@ -69,14 +69,14 @@ def has_bf16(device):
         cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-PURPOSES = ["order", "step", "samples", "evaluation"]  # their places are part of every seed
+PURPOSES = ["order", "step", "samples", "evaluation"]  # each one's index enters its seeds
 
 
 def seed_for(purpose, seed, *numbers):
     """Return a seed for one purpose: step n of the run with this seed, for example.
 
     Nothing depends on what was drawn before, so a resumed run draws what an uninterrupted one would
-    have drawn.
+    have drawn. Keys of one purpose need one length: SeedSequence ignores trailing zeros.
     """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()
@@ -94,7 +94,7 @@ def generator(device, *key):
 def prepare_folder(folder):
     """Make the folder. Raises UserError where no file can be made in it.
 
-    A script calls this before its work, so that the work is not lost for want of a place.
+    A script calls this first, so that no result is lost because it cannot be written.
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Generate digits with trained checkpoints.
 
     python src/generate.py                              a grid of 16 digits for every checkpoint
-    python src/generate.py --labels 3 1 4               these, again and again
+    python src/generate.py --labels 3 1 4               cycling through these labels
     python src/generate.py --out digits.npz             arrays; .gif: an animation
 
 The samplers come first, then sampling in chunks, pictures and arrays, checkpoints.
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints, generator,
                     has_bf16, load_tensors, make_parser, prepare_folder, refuse_contradictions,
                     replacing, run_script)
-from train import NULL_LABEL, SimpleUnet, cumulative_alphas, implied_x_0
+from train import (NULL_LABEL, SimpleUnet, cumulative_alphas, refuse_other_predictions,
+                   x_0_from_v)
 
 
 # ---- samplers ----
@@ -83,7 +84,7 @@ def dpm(predict_x_0, x_t, levels, rng, eta):
 
 
 class Sampler(NamedTuple):
-    """A way from noise to digits: its function, and its default steps and eta.
+    """A sampling algorithm: its function, and its default steps and eta.
 
     function(predict_x_0, x_t, levels, rng, eta) yields x_t after every step, the last one clean.
     x_t: noise (B, C, H, W); predict_x_0(x_t, t, alpha_t, sigma_t) returns the clean image; levels:
@@ -113,10 +114,10 @@ def clean_image_predictor(model, labels, guidance):
     """
     both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
-    def predict(x_t, t, alpha_t, sigma_t, labels):
+    def predict(x_t, t, alpha_t, sigma_t, asked):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
-            eps = model(x_t, torch.full_like(labels, t), labels).float()
-        return implied_x_0(eps, x_t, alpha_t, sigma_t).clamp(-1, 1)
+            v = model(x_t, torch.full_like(asked, t), asked).float()
+        return x_0_from_v(v, x_t, alpha_t, sigma_t).clamp(-1, 1)
 
     def predict_x_0(x_t, *level):
         if guidance == 1:
@@ -133,14 +134,14 @@ def to_pixels(x):
 
 @torch.no_grad()
 def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=1, eta=None,
-           n_frames=1):
+           n_frames=1, predictor=clean_image_predictor):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The frames show x_t after n_frames steps, evenly spread, or after all if there are fewer; the
     last is the clean image. steps and eta are by default the sampler's. On one machine image i
     depends on i, the seed, labels[i] and these settings alone: every chunk of digits has random
-    numbers of its own, and the last chunk is filled up to the full size. Raises UserError for more
-    steps than T.
+    numbers of its own, and the last chunk is filled up to the full size. predictor: for a model
+    that does not predict v. Raises UserError for more steps than T.
     """
     device, config = next(model.parameters()).device, model.config
     chosen = SAMPLERS[sampler]
@@ -157,7 +158,7 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     with tqdm(total=len(chunks) * steps, unit=" steps", leave=False, disable=None) as bar:
         for number, chunk in enumerate(chunks):
             filled = pad(chunk, (0, CHUNK_SIZE - len(chunk))).to(device)
-            predict_x_0 = clean_image_predictor(model, filled, guidance)
+            predict_x_0 = predictor(model, filled, guidance)
             rng = generator(device, "samples", seed, number)
             noise = torch.randn(shape, generator=rng, device=device)
             frames = []
@@ -215,12 +216,15 @@ def write_npz(path, images, labels):
 def load_checkpoint(path, device="cpu"):
     """Return (model, checkpoint): the SimpleUnet in the file, for prediction, and the file's dict.
 
-    Raises UserError where the file is missing, damaged or not of this program.
+    Raises UserError where the file is missing, damaged or of an earlier version.
     """
     checkpoint = load_tensors(path, ["epoch", "model_state_dict", "config"],
                               "it must be a diffusion_epoch_{N}.pth of src/train.py")
-    model = SimpleUnet(**checkpoint["config"])
+    config = checkpoint["config"]
+    refuse_other_predictions(config, path)
+    model = SimpleUnet(**{name: config[name] for name in config if name != "predicts"})
     model.load_state_dict(checkpoint["model_state_dict"])
+    checkpoint["epoch"] = int(checkpoint["epoch"])  # it becomes part of a file's name
     model.to(device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False), checkpoint
 
@@ -276,7 +280,7 @@ def add_checkpoint_flags(parser):
     group = parser.add_mutually_exclusive_group()
     add_flag(group, "epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
     add_flag(group, "checkpoint_path", "take this checkpoint alone", type=Path)
-    add_flag(parser, "channels", "refuse checkpoints of other channels", type=int)
+    add_flag(parser, "channels", "fail unless the checkpoint has so many channels", type=int)
 
 
 def generation_parser():
@@ -295,7 +299,7 @@ def generation_parser():
              type=bounded(int, 1))
     add_flag(parser, "eta", f"fresh noise, as a share of DDPM's (default: {etas})",
              type=bounded(float, 0, 1))
-    add_flag(parser, "guidance", "pull towards the label; 1: as trained", 1,
+    add_flag(parser, "guidance", "classifier-free guidance scale; 1: none is added, 0: no label", 1,
              type=bounded(float, 0, 100))
     add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
     add_flag(parser, "out", "write the last checkpoint's digits to this .npz, as arrays, or .gif, "

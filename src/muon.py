@@ -1,9 +1,9 @@
 """Muon, the optimizer of the convolution kernels (Jordan et al. 2024).
 
 A kernel's gradient, seen as a matrix, has a few large singular values and many small ones. A step
-along it learns fast in a few directions and hardly at all in the others. Muon replaces the large
-ones by values near 1, and the small ones grow: the directions stay, and many of them are learnt
-equally fast. What that is worth here stands in docs/measurements.md.
+along it learns fast in a few directions and hardly at all in the others. Muon keeps the singular
+vectors and brings the singular values near 1, so that many directions are learnt equally fast.
+docs/measurements.md reports what that gains here.
 
 The method: https://kellerjordan.github.io/posts/muon/
 """

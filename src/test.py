@@ -26,11 +26,11 @@ from common import (REPOSITORY, UserError, add_flag, bounded, explain_read_error
                     refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
                       load_checkpoint, sample, spread_labels)
-from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, implied_x_0, load_mnist,
-                   signal_and_noise)
+from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist,
+                   signal_and_noise, x_0_from_v)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
-BATCH = 1000  # images that are evaluated together
+EVAL_BATCH = 1000  # images that are evaluated together
 
 
 # ---- classifier ----
@@ -105,13 +105,13 @@ def mnist_pixels(images):
 
     Channels are averaged; what is not of 28 x 28 pixels is resized with antialiasing.
     """
-    parts = [part.float().mean(dim=1, keepdim=True) for part in images.split(BATCH)]
+    parts = [part.float().mean(dim=1, keepdim=True) for part in images.split(EVAL_BATCH)]
     return torch.cat([resize(part, [28, 28]) for part in parts]).flatten(1) / 127.5 - 1
 
 
 def classify(classifier, pixels):
-    """Return the features (N, 128) of pixels (N, 784), and the digits (N,) that it reads."""
-    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(BATCH)]
+    """Return the features (N, 128) of pixels (N, 784), and its predicted labels (N,)."""
+    parts = [part.view(-1, 1, 28, 28) for part in pixels.split(EVAL_BATCH)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
 
@@ -123,7 +123,7 @@ def latent_features(model, images):
     """
     t = torch.zeros(1, dtype=torch.int64, device=images.device)
     scale_shifts = model.embed(t, t + NULL_LABEL)
-    parts = [model.encode(part / 127.5 - 1, scale_shifts)[0] for part in images.split(BATCH)]
+    parts = [model.encode(part / 127.5 - 1, scale_shifts)[0] for part in images.split(EVAL_BATCH)]
     return torch.cat([part.mean(dim=(2, 3)) for part in parts])
 
 
@@ -151,7 +151,7 @@ def frechet_distance(a, b):
 
 def kth_nearest(points, others, k=1):
     """Return (distances, indices), each (N,): points' (N, D) k-th nearest of others (M, D)."""
-    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(BATCH)]
+    found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(EVAL_BATCH)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
 
@@ -165,7 +165,7 @@ def share_inside(points, centres, k=3):
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
-    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(BATCH)]
+    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(EVAL_BATCH)]
     return share(torch.cat(inside))
 
 
@@ -186,7 +186,7 @@ def noise_mse(model, images, labels, batch_size=256):
         x_0 = images_b / 127.5 - 1
         alpha_t, sigma_t = signal_and_noise(t_b, alphas_cumprod)
         x_t = forward_diffusion_sample(x_0, noise_b, alpha_t, sigma_t)
-        predicted = implied_x_0(model(x_t, t_b, labels_b), x_t, alpha_t, sigma_t).clamp(-1, 1)
+        predicted = x_0_from_v(model(x_t, t_b, labels_b), x_t, alpha_t, sigma_t).clamp(-1, 1)
         errors = (alpha_t / sigma_t * (predicted - x_0)).square().mean(dim=(1, 2, 3))
         total += errors.double().sum().item()
     return total / len(images)
@@ -318,7 +318,7 @@ def plot_metrics(path, real, evaluations):
 def load_models(args, device):
     """Return [(path, model, epoch)] of the checkpoints that the flags ask for.
 
-    Raises UserError where one is damaged, or of another form than the last or than the flags say.
+    Raises UserError where one is damaged, or differs in its config from the last or from the flags.
     """
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     found = []
@@ -329,8 +329,8 @@ def load_models(args, device):
     refuse_contradictions(args, last_model.config, last_path)
     for path, model, _ in found:
         if model.config != last_model.config:
-            raise UserError(f"{path} is of another form than {last_path}: evaluate it apart, by "
-                             "--checkpoint_path and another --root")
+            raise UserError(f"{path} has another config than {last_path}: evaluate it apart, by "
+                            "--checkpoint_path and another --root")
     return found
 
 
@@ -476,8 +476,8 @@ def evaluation_parser():
              type=bounded(int, 1))
     add_flag(parser, "batch_size", "test images in a batch, for the MSE", 256,
              type=bounded(int, 1))
-    add_flag(parser, "image_size", "refuse checkpoints of another size", type=int)
-    add_flag(parser, "time_steps", "refuse checkpoints of another T", type=int)
+    add_flag(parser, "image_size", "fail unless the checkpoint has this size", type=int)
+    add_flag(parser, "time_steps", "fail unless the checkpoint has this T", type=int)
     add_flag(parser, "n_samples", "digits to generate", 10_000,
              type=bounded(int, 2000, MAX_DIGITS))
     add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))

@@ -13,6 +13,7 @@ import dataclasses
 import gzip
 import math
 import signal
+import statistics
 import sys
 import time
 
@@ -41,7 +42,7 @@ def setting(default, text, **options):
 
 @dataclasses.dataclass
 class Settings:
-    """All that determines a run beside the code and the device. Each field is a flag of train.py.
+    """All that determines a run besides the code and the device. Each field is a flag of train.py.
 
     docs/measurements.md says what the choices of the recipe are worth.
     """
@@ -51,29 +52,36 @@ class Settings:
     image_size: int = setting(28, "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
     channels: int = setting(1, "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
     time_steps: int = setting(1000, "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
-    width: int = setting(32, "channels at half the size; twice as many at a quarter of it",
+    width: int = setting(32, "channels at half resolution; doubled at quarter resolution",
                          type=bounded(int, 1, 1024))
     seed: int = setting(0, "seed of all random numbers", type=bounded(int, 0))
 
     # logit(t / T) is normal, so that half of all t / T lie from 0.19 to 0.47. There a digit takes
     # its shape. At much larger t there is little to see but noise, at much smaller t little to do.
-    t_mean: float = setting(-0.8, "mean of logit(t / T), of the t drawn", type=float)
-    t_std: float = setting(1.0, "its standard deviation", type=bounded(float, 0))
+    t_mean: float = setting(-0.8, "mean of logit(t / T) in training", type=bounded(float, -9, 9))
+    t_std: float = setting(1.0, "standard deviation of logit(t / T)", type=bounded(float, 0.001))
 
-    # At large t the same noise error hurts the clean image more, so it weighs more.
-    loss_power: float = setting(0.5, "the squared noise error is weighted by alphas_cumprod to the "
-                                "power of minus this; 0: DDPM's loss", type=float)
+    # Between the plain squared error of v (0) and that of the noise, DDPM's loss (2).
+    loss_power: float = setting(1.0, "squared errors of v are weighted by alpha_t to this power",
+                                type=bounded(float, -9, 9))
 
     # Sampling clips images to [-1, 1]. So where the target is black or white, overshooting costs
     # nothing.
-    edge: float = setting(1.0, "no error beyond +- this; inf: every difference is one",
-                          type=bounded(float, 0, math.inf))
+    clamp: float = setting(1.0, "errors where prediction and target lie beyond the same +-clamp "
+                           "are ignored; inf: none are",
+                           type=bounded(float, 1, math.inf))
 
     # The network learns the null label, too, for guidance.
     label_dropout: float = setting(0.05, "share of labels replaced by the null label",
                                    type=bounded(float, 0, 1))
+
+    # In this interval the network learns to guide itself. At larger t that would make digits alike.
     model_guidance: float = setting(0.6, "w of model guidance in training; 0: none",
-                                    type=bounded(float, 0, 100))
+                                    type=bounded(float, 0, 0.95))
+    guided_min: float = setting(0.19, "model guidance begins at this t / T",
+                                type=bounded(float, 0.05, 0.95))
+    guided_max: float = setting(0.31, "model guidance ends before this t / T",
+                                type=bounded(float, 0.05, 0.95))
 
     # Both learning rates decay linearly to 0 over the run.
     muon_rate: float = setting(0.02, "initial learning rate of Muon", type=bounded(float, 0))
@@ -84,6 +92,11 @@ class Settings:
     ema_decay: float = setting(0.9999, "decay of the EMA of the weights, at most",
                                type=bounded(float, 0, 1))
 
+    def __post_init__(self):
+        if self.guided_min >= self.guided_max:
+            raise UserError(f"--guided_min {self.guided_min} must be below --guided_max "
+                            f"{self.guided_max}")
+
 
 # ---- data ----
 def read_archive(path, header):
@@ -93,7 +106,7 @@ def read_archive(path, header):
 
 
 def load_mnist(part, image_size=28, channels=1, device="cpu"):
-    """Return MNIST's "train" or "test" part whole, on the device.
+    """Return MNIST's "train" or "test" split, on the device.
 
     images: (N, C, H, W) uint8, resized bilinearly with antialiasing where the size is not 28,
     grey copied to all channels; labels: (N,) int64. The training images take 47 MB at their own
@@ -102,7 +115,7 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
     """
     folder = REPOSITORY / "mnist/MNIST/raw"
     name = {"train": "train", "test": "t10k"}[part]
-    with explain_read_errors(folder, "restore it by 'git checkout mnist'"):
+    with explain_read_errors(folder, "restore it, in a clone by 'git checkout mnist'"):
         images = read_archive(folder / f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
         labels = read_archive(folder / f"{name}-labels-idx1-ubyte.gz", 8).long()
     resized = [resize(batch, [image_size, image_size]) for batch in images.split(1000)]
@@ -113,11 +126,9 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
 def linear_beta_schedule(time_steps):
     """Return betas (T,) in float64: linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
 
-    Other T scale both ends by 1000 / T, so that for every T alphas_cumprod ends near 0 and x_t as
-    pure noise. Raises UserError for a T below 21: the last beta would be 1 or more.
+    Other T scale both ends by 1000 / T, so that for every T from 21 on alphas_cumprod ends near 0
+    and x_t as pure noise.
     """
-    if time_steps < 21:
-        raise UserError(f"time_steps must be at least 21, not {time_steps}")
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64)
 
@@ -128,7 +139,7 @@ def cumulative_alphas(time_steps):
 
 
 def signal_and_noise(t, alphas_cumprod):
-    """Return alpha_t and sigma_t, (B, 1, 1, 1) in float32: how much of x_0 and of noise x_t is.
+    """Return alpha_t and sigma_t, (B, 1, 1, 1) in float32: the coefficients of x_0 and noise.
 
     t: (B,) int64 in [0, T - 1]; alphas_cumprod: (T,) float64.
     """
@@ -141,13 +152,13 @@ def forward_diffusion_sample(x_0, noise, alpha_t, sigma_t):
     return alpha_t * x_0 + sigma_t * noise
 
 
-def implied_x_0(eps, x_t, alpha_t, sigma_t):
-    """Return the clean image that the predicted noise implies (DDPM, eq. 15).
+def x_0_from_v(v, x_t, alpha_t, sigma_t):
+    """Return the clean image that v = alpha_t noise - sigma_t x_0 implies (Salimans, Ho 2022).
 
     alpha_t, sigma_t: as signal_and_noise returns them, or floats. Sampling clips the result to
     [-1, 1].
     """
-    return (x_t - sigma_t * eps) / alpha_t
+    return alpha_t * x_t - sigma_t * v
 
 
 # ---- network ----
@@ -172,12 +183,14 @@ class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, 2 c_out, 1, 1) -> (B, c_out, H, W): two convolutions beside a skip.
 
     Between them every channel is scaled and shifted, which is how t and the label reach the block.
+    The second starts from zero, so that a new block is its skip.
     """
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.conv1 = convolution(c_in, c_out)
         self.conv2 = convolution(c_out, c_out)
+        nn.init.zeros_(self.conv2.weight)
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
 
     def forward(self, x, scale_shift):
@@ -188,12 +201,11 @@ class ResBlock(nn.Module):
 
 
 class SimpleUnet(nn.Module):
-    """A U-Net that predicts the noise in x_t, given t and the digit.
+    """A U-Net that predicts v, like x_t in shape, given x_t, t and the digit.
 
-    Squares of 2 x 2 pixels enter as channels (space to depth), which saves three quarters of the
-    work that the first layers would have at full size. The network works at a half and at a quarter
-    of the image's size, a multiple of 4. On the way up each layer also sees what its counterpart on
-    the way down made.
+    Squares of 2 x 2 pixels enter as channels (space to depth), which cuts the cost of the first
+    layers to a quarter. The network works at half and at quarter resolution; image_size is a
+    multiple of 4. Skip connections carry fine detail from the way down to the way up.
     """
 
     def __init__(self, image_size=28, channels=1, time_steps=1000, widths=(32, 64)):
@@ -207,10 +219,6 @@ class SimpleUnet(nn.Module):
         emb = 4 * half
         self.time_mlp = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(NULL_LABEL + 1, emb)
-        # One layer makes the scales and the shifts of all blocks, for so many channels each, in the
-        # order of the blocks below.
-        self.block_channels = half, quarter, quarter, quarter, quarter, quarter, half, half
-        self.scale_shifts = nn.Linear(emb, 2 * sum(self.block_channels))
         self.conv_in = convolution(4 * channels, half)
         self.down1 = ResBlock(half, half)
         self.downsample = convolution(half, half, stride=2)
@@ -222,6 +230,12 @@ class SimpleUnet(nn.Module):
         self.up3 = ResBlock(quarter + half, half)
         self.up4 = ResBlock(half + half, half)
         self.conv_out = nn.Conv2d(half, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        # One layer makes the scales and the shifts of all blocks.
+        self.sizes = [2 * block.conv2.out_channels for block in self.children()
+                      if isinstance(block, ResBlock)]
+        self.scale_shifts = nn.Linear(emb, sum(self.sizes))
 
     def embed(self, t, labels):
         """(B,), (B,) -> eight tensors (B, 2 c, 1, 1): what t and the label tell each block.
@@ -232,8 +246,7 @@ class SimpleUnet(nn.Module):
         angles = t[:, None] * (1000 / self.config["time_steps"]) * frequencies
         time = self.time_mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
         emb = F.silu(time + self.label_embedding(labels))
-        sizes = [2 * c for c in self.block_channels]
-        return self.scale_shifts(emb)[:, :, None, None].split(sizes, dim=1)
+        return self.scale_shifts(emb)[:, :, None, None].split(self.sizes, dim=1)
 
     def encode(self, x_t, scale_shifts):
         """Return the bottleneck (B, quarter, H/4, W/4), and what the way up needs besides."""
@@ -246,7 +259,7 @@ class SimpleUnet(nn.Module):
         return self.mid2(self.mid1(h4, s3), s4), (h1, h2, h3, h4)
 
     def forward(self, x_t, t, labels):
-        """Return eps like x_t (B, C, H, W). t: (B,) in [0, T - 1]; labels: (B,), 0..10, int64."""
+        """Return v like x_t (B, C, H, W). t: (B,) in [0, T - 1]; labels: (B,), 0..10, int64."""
         scale_shifts = self.embed(t, labels)
         *_, s5, s6, s7, s8 = scale_shifts
         h, (h1, h2, h3, h4) = self.encode(x_t, scale_shifts)
@@ -262,7 +275,7 @@ class SimpleUnet(nn.Module):
 def draw_t(batch_size, settings, rng):
     """Return t (B,) int64 in [0, T - 1], rising: t / T is logit-normal (Esser et al. 2024).
 
-    It is stratified: the i-th t comes from the i-th of B equally likely parts, so that no batch
+    They are stratified: the i-th t comes from the i-th of B equiprobable strata, so that no batch
     has too many large or small t, and the losses of batches differ less.
     """
     part = torch.arange(batch_size, device=rng.device)
@@ -271,54 +284,63 @@ def draw_t(batch_size, settings, rng):
     return t.long().clamp(max=settings.time_steps - 1)
 
 
+def guided_part(t, settings):
+    """Return the slice of a batch in which t may lie in the guided interval, and where it does.
+
+    t: (B,), as draw_t returns it. The slice depends on B alone, as a CUDA graph needs it. As t is
+    stratified, it has at most two images too many. The second result is a mask, (n, 1, 1, 1).
+    """
+    steps = settings.time_steps
+    first, last = (round(share * steps) for share in (settings.guided_min, settings.guided_max))
+    logit_t = statistics.NormalDist(settings.t_mean, settings.t_std)
+    begin, end = (logit_t.cdf(math.log(k / (steps - k))) * len(t) for k in (first, last))
+    part = slice(math.floor(begin), math.ceil(end))
+    inside = (first <= t[part]) & (t[part] < last)
+    return part, inside.view(-1, 1, 1, 1)
+
+
 def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
-    """Return the weighted mean squared error of the clean images that the predicted noise implies.
+    """Return the mean of alpha_t times the squared error of v, with two changes.
 
-    x_0, noise: (B, C, H, W); t: (B,) int64, sorted, as draw_t returns it; labels: (B,) int64,
-    0..10; alphas_cumprod: (T,) float64.
+    Both are made to x_0: the error of v is that of the predicted x_0, divided by sigma_t.
 
-    A noise error becomes an image error sigma_t / alpha_t times as large, so weights of
-    (alpha_t / sigma_t)^2 would make this DDPM's loss (eq. 14). It differs in three things:
+    x_0, noise: (B, C, H, W); t: (B,) int64, sorted and stratified, as draw_t returns it; labels:
+    (B,) int64, 0..10; alphas_cumprod: (T,) float64.
 
-    1. Large t weigh more: see Settings.loss_power.
-
-    2. Where the target is black, a prediction darker than black is no error, and likewise for
-       white: see Settings.edge. Most pixels are black, and the network need not hit black, only
+    1. Where the target is black, a prediction darker than black is no error, and likewise for
+       white (see Settings.clamp). Most pixels are black, and the network need not hit black, only
        pass it.
 
-    3. For t / T from 0.19 to 0.31 the target is not x_0 but x_0 + w (x_label - x_null), so that the
+    2. In the guided interval the target is not x_0 but x_0 + w (x_label - x_null), so that the
        network learns to guide itself (model guidance, Tang et al. 2025, eq. 18). At larger t that
-       would make digits alike (Kynkaanniemi et al. 2024). With t sorted, these are the images of
-       the batch's second quarter.
+       would make digits alike (Kynkaanniemi et al. 2024).
     """
     alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     target = x_0.clone()
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
-        predicted = implied_x_0(model(x_t, t, labels), x_t, alpha_t, sigma_t)
+        predicted = x_0_from_v(model(x_t, t, labels), x_t, alpha_t, sigma_t)
         if settings.model_guidance:
             # Autocast keeps the weights that it has cast. Casts made under no_grad carry no
             # gradient, so the pass that needs gradients goes first.
             with torch.no_grad():
-                part = slice(len(t) // 4, (len(t) + 1) // 2)  # never empty
+                part, inside = guided_part(t, settings)
                 nulls = torch.full_like(labels[part], NULL_LABEL)
-                eps_null = model(x_t[part], t[part], nulls)
-                x_null = implied_x_0(eps_null, x_t[part], alpha_t[part], sigma_t[part])
+                v_null = model(x_t[part], t[part], nulls)
+                x_null = x_0_from_v(v_null, x_t[part], alpha_t[part], sigma_t[part])
                 direction = predicted[part].clamp(-1, 1) - x_null.clamp(-1, 1)
-                target[part] += settings.model_guidance * direction
-    edge = settings.edge
-    is_right = predicted.clamp(-edge, edge) == target.clamp(-edge, edge)
-    errors = (predicted - target).masked_fill(is_right, 0).square()
-    weights = (alpha_t / sigma_t).square() * alpha_t.pow(-2 * settings.loss_power)
-    return (weights * errors).mean()
+                target[part] += settings.model_guidance * inside * direction
+    clamp = settings.clamp
+    is_right = predicted.clamp(-clamp, clamp) == target.clamp(-clamp, clamp)
+    v_errors = ((predicted - target) / sigma_t).masked_fill(is_right, 0)
+    return (alpha_t ** settings.loss_power * v_errors.square()).mean()
 
 
 # ---- step ----
 def split_weights(model):
     """Return (kernels, others): what Muon moves, and what is left for Adam.
 
-    Muon is for the convolutions that map many channels to many. The first and the last have few on
-    the side of the image.
+    Muon is for the convolutions of hidden layers, not for the first and the last.
     """
     kernels, others = [], []
     for name, weights in model.named_parameters():
@@ -362,9 +384,9 @@ class State:
 
     def state_dict(self):
         """Return all that load_state_dict needs to go on, as plain types and tensors."""
-        return dict(settings=dataclasses.asdict(self.settings), model=self.model.state_dict(),
-                    ema=self.ema.state_dict(), muon=self.muon.buffers,
-                    adam=self.adam.state_dict(), step=self.steps_taken,
+        return dict(settings=dataclasses.asdict(self.settings), predicts="v",
+                    model=self.model.state_dict(), ema=self.ema.state_dict(),
+                    muon=self.muon.buffers, adam=self.adam.state_dict(), step=self.steps_taken,
                     total_loss=self.total_loss, seconds=self.seconds, log=self.log)
 
     def load_state_dict(self, saved):
@@ -383,7 +405,7 @@ class State:
 
 
 def average_over_processes(tensors, processes):
-    """Replace each tensor by its mean over all processes, in one message."""
+    """Replace each tensor by its mean over all processes, with one all_reduce."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     means = (flat / processes).split([tensor.numel() for tensor in tensors])
@@ -411,8 +433,8 @@ def training_step(state, images, labels):
     t = draw_t(len(x_0), settings, rng)
     dropped = torch.rand(len(x_0), generator=rng, device=rng.device) < settings.label_dropout
     labels = labels.masked_fill(dropped, NULL_LABEL)
-    # Of several processes each draws for the whole batch and takes every n-th image: together they
-    # see what one alone would see.
+    # Each process draws for the whole batch and takes every n-th image, so that n processes see
+    # what one would see.
     share = slice(state.rank, None, state.processes)
     loss = training_loss(state.model, x_0[share], t[share], noise[share], labels[share],
                          state.alphas_cumprod, settings)
@@ -431,8 +453,8 @@ def training_step(state, images, labels):
 def capture(state, images, labels):
     """Record training_step as a CUDA graph, without running it; return a function that replays it.
 
-    A step is a thousand kernels, most of which take a GPU less time than launching them takes the
-    CPU. A graph is launched as a whole.
+    A step is a thousand CUDA kernels, most of which take a GPU less time than launching them takes
+    the CPU. A graph is launched as a whole.
     """
     images, labels = images.clone(), labels.clone()  # the graph reads from these addresses
     graph = torch.cuda.CUDAGraph()
@@ -466,8 +488,8 @@ def take_step(state, images, labels, total_steps):
         state.replay(images, labels)
     else:
         training_step(state, images, labels)
-        # The first step is not replayed: in it Adam makes its state, which a capture cannot.
-        # What several processes exchange is not captured.
+        # The first step is not replayed: in it Adam makes its state, which a capture cannot. The
+        # all_reduce of several processes is not captured.
         if state.rng.device.type == "cuda" and not dist.is_initialized():
             state.replay = capture(state, images, labels)
     state.steps_taken += 1
@@ -475,7 +497,7 @@ def take_step(state, images, labels, total_steps):
 
 # ---- run ----
 LATEST = "checkpoints/latest.pth"  # what --resume continues from, under the root
-SAVE_INTERVAL = 45  # seconds, the most that a killed run loses
+SAVE_INTERVAL = 45  # seconds
 
 
 def plot_losses(path, log):
@@ -494,12 +516,12 @@ def plot_losses(path, log):
 def check_finite(state):
     """Raise UserError if the loss or a weight is not finite: that is not worth saving.
 
-    The EMA stands for the weights: what is not finite stays in it.
+    Checking the EMA is enough: it never recovers from a weight that is not finite.
     """
     values = [state.total_loss, *state.ema.parameters()]
     if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise UserError(f"epoch {len(state.log) + 1}: the training has diverged; begin anew with "
-                        "another --seed and --root")
+        raise UserError(f"training has diverged by step {state.steps_taken}: start anew with lower "
+                        "learning rates or another --seed, and another --root")
 
 
 def save_state(state, root):
@@ -511,10 +533,19 @@ def save_state(state, root):
         plot_losses(root / "datas/train_log.png", state.log)
 
 
+def refuse_other_predictions(content, path):
+    """Raise UserError unless the content of the file says that its network predicts v."""
+    if content.get("predicts") != "v":
+        raise UserError(f"{path} is of an earlier version, whose network predicts the noise: train "
+                        "anew")
+
+
 def load_state(root, device):
     """Return the State that save_state wrote. Raises UserError where it is missing or damaged."""
-    saved = load_tensors(root / LATEST, ["settings", "ema"],
-                         "start a run without --resume, or choose another --root")
+    saved = load_tensors(root / LATEST, ["settings"],
+                         "remove it if it is there, and start a run without --resume, or choose "
+                         "another --root")
+    refuse_other_predictions(saved, root / LATEST)
     state = State(Settings(**saved["settings"]), device)
     state.load_state_dict(saved)
     return state
@@ -522,11 +553,12 @@ def load_state(root, device):
 
 def save_checkpoint(state, root):
     """Write checkpoints/diffusion_epoch_{N}.pth, the model after N epochs, on the CPU."""
+    check_finite(state)
     weights = {name: values.cpu() for name, values in state.ema.state_dict().items()}
     last = state.log[-1]
     save_tensors(root / f"checkpoints/diffusion_epoch_{last['epoch']}.pth", dict(
         epoch=last["epoch"], model_state_dict=weights, loss=last["loss"],
-        config=state.model.config))
+        config=dict(state.model.config, predicts="v")))
 
 
 def epoch_batches(settings, epoch, n_images, device):
@@ -540,11 +572,15 @@ def epoch_batches(settings, epoch, n_images, device):
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, steps):
-    """Log the epoch that has ended, which had so many steps, and begin the next one."""
-    loss = state.total_loss.item() / steps
+def end_epoch(state, steps, start):
+    """Log the finished epoch, which had so many steps, and reset its sums.
+
+    start: when it began, by time.perf_counter, less what it took before a resume.
+    """
+    loss = state.total_loss.item() / steps  # waits for a GPU to end the epoch's last steps
+    seconds = time.perf_counter() - start
     state.log.append(dict(epoch=len(state.log) + 1, loss=round(loss, 6),
-                          seconds=round(state.seconds, 3)))
+                          seconds=round(seconds, 3)))
     state.total_loss.zero_()
     state.seconds = 0.0
 
@@ -552,12 +588,12 @@ def end_epoch(state, steps):
 def train(state, images, labels, root, signals):
     """Train to the last epoch, and write checkpoints, the state and the log under root.
 
-    Once there is something in the list signals, it saves the state and returns.
+    It saves the state and returns once the list signals is not empty.
     """
     settings, writes = state.settings, state.rank == 0
     steps = len(images) // settings.batch_size  # of an epoch
     total_steps = settings.n_epochs * steps
-    last_save = -math.inf  # the first save precedes the first step, and proves that it is possible
+    last_save = -math.inf  # saves before the first step, so an unwritable root fails at once
     with tqdm(total=total_steps * settings.batch_size, unit=" images", unit_scale=True,
               initial=state.steps_taken * settings.batch_size, disable=not writes) as bar:
         while len(state.log) < settings.n_epochs:
@@ -576,9 +612,7 @@ def train(state, images, labels, root, signals):
                     last_save = time.perf_counter()
                 take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            check_finite(state)  # waits for a GPU to end the epoch's last steps
-            state.seconds = time.perf_counter() - start
-            end_epoch(state, steps)
+            end_epoch(state, steps, start)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
             if writes and (len(state.log) % settings.save_every == 0
                            or len(state.log) == settings.n_epochs):
@@ -647,7 +681,7 @@ def start_processes(device):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list to which SIGINT and SIGTERM are added instead of ending the process.
+    """Yield a list to which a first SIGINT or SIGTERM is added; a second one acts as usual.
 
     With several processes nothing is caught: they would have to agree at every step.
     """
@@ -655,6 +689,7 @@ def catch_signals():
 
     def note(number, frame):
         signals.append(number)
+        signal.signal(number, handlers[number])
 
     caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, note) for number in caught}

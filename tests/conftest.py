@@ -31,7 +31,7 @@ def small_model():
 
 
 class Oracle(torch.nn.Module):
-    """A network that knows the clean images, and predicts the noise in them with a constant error.
+    """A network that knows the clean images, and predicts v with a constant error.
 
     x_0: (N, C, H, W), in the order in which it is shown them noised; after the last comes the first
     again.
@@ -46,7 +46,8 @@ class Oracle(torch.nn.Module):
         x_0 = self.x_0[torch.arange(len(self.seen_t), len(self.seen_t) + len(t)) % len(self.x_0)]
         self.seen_t += t.tolist()
         a = train.cumulative_alphas(1000)[t].view(-1, 1, 1, 1)
-        return ((x_t - a.sqrt() * x_0) / (1 - a).sqrt()).float() + self.error
+        noise = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        return (a.sqrt() * noise - (1 - a).sqrt() * x_0).float() + self.error
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +79,7 @@ def write_checkpoint(path, model, epoch, **other):
     """Write a checkpoint as train.py does; other: entries to add or replace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = dict(epoch=epoch, model_state_dict=model.state_dict(), loss=0.5,
-                      config=model.config)
+                      config=dict(model.config, predicts="v"))
     torch.save(checkpoint | other, path)
     return path
 
@@ -90,10 +91,10 @@ def read_csv(path):
 
 
 def saved_state(root):
-    """Return the content of latest.pth, without the times that it holds."""
+    """Return the numbers in latest.pth, but for times."""
     state = torch.load(root / train.LATEST, weights_only=True)
     state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
-    del state["seconds"]
+    del state["seconds"], state["predicts"]
     return state
 
 

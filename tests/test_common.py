@@ -29,7 +29,7 @@ def test_errors_of_a_file_name_it_and_keep_their_text(tmp_path):
 
 
 # ---- random numbers ----
-def test_keys_differ_in_their_seeds():
+def test_these_keys_have_different_seeds():
     keys = [("order", 0, 1), ("step", 0, 1), ("order", 1, 1), ("order", 0, 2), ("order", 0)]
     assert len({seed_for(*key) for key in keys}) == 5
     first, again = (torch.randn(4, generator=generator(CPU, "step", 0, 1)) for _ in range(2))

@@ -1,11 +1,14 @@
-"""The pages: they quote docs/tables as printed, and what they show and link to exists."""
+"""The pages: they quote docs/tables as printed, their code runs, what they link to exists."""
 import re
+import statistics
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, read_csv
 
 import benchmark
+from runs import read_runs, rows_of
 
+README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TABLES = sorted((REPOSITORY / "docs/tables").glob("*.md"))
 
@@ -15,10 +18,36 @@ def test_measurements_quote_the_table_as_it_was_printed(table):
     assert table.read_text().strip() in (REPOSITORY / "docs/measurements.md").read_text()
 
 
-@pytest.mark.parametrize("name", list(benchmark.OF_RUNS))
+@pytest.mark.parametrize("name", [name for name in benchmark.OF_RUNS
+                                  if (REPOSITORY / f"docs/tables/{name}.md").exists()])
 def test_tables_of_runs_are_of_all_runs_in_the_file(name, capsys):
     benchmark.main([name])
     assert capsys.readouterr().out == (REPOSITORY / f"docs/tables/{name}.md").read_text()
+
+
+def test_the_readme_quotes_the_textbook_and_its_other_code_runs(tmp_path, monkeypatch):
+    textbook = (REPOSITORY / "docs/textbook.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    other = [block for block in blocks if block not in textbook]
+    assert len(blocks) == 4 and len(other) == 1
+    for name in ("src", "checkpoints"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(other[0], names)
+    assert names["images"].shape == (25, 1, 28, 28)
+    assert len(list(tmp_path.glob("generated_samples/*.png"))) == 1
+
+
+def test_the_readmes_first_table_is_of_the_measurements():
+    baseline = rows_of(read_runs(), "D", 64, 8)
+    *_, last = read_csv(REPOSITORY / "datas/released_metrics.csv")
+    released = [row for row in read_csv(REPOSITORY / "datas/released_metrics.csv")
+                if row["epoch"] == last["epoch"]]
+    for rows in (baseline, released):
+        accuracy, distance = (statistics.mean(float(row[name]) for row in rows)
+                              for name in ("accuracy", "fid_classifier"))
+        assert f"| {100 * accuracy:.1f} % | {distance:.3f} |" in README
 
 
 def anchors(page):

@@ -1,8 +1,9 @@
 """The way of a tensor on a GPU, without one: fake tensors claim to be on cuda:0 and have no values.
 
-An operation that brings two devices together raises, as it would on a GPU. What fake tensors cannot
-do has a stand-in here: torch.Generator("cuda"), backward(), Module.to, the fused Adam, streams and
-graphs, and what sampling reads on the CPU.
+An operation that brings two devices together raises, as it would on a GPU. So a tensor that was
+made without device= is found. What fake tensors cannot do has a stand-in here:
+torch.Generator("cuda"), backward(), Module.to, the fused Adam, streams and graphs, and what
+sampling reads on the CPU.
 """
 import functools
 from types import SimpleNamespace
@@ -42,6 +43,17 @@ def fused_adam(*lists, lr, **more):
     assert {tensor.device for tensors in lists for tensor in tensors} == {CUDA} == {lr.device}
 
 
+def move(self, device, **form):
+    """Module.to, which fails with parameters that are fake."""
+    for module in self.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    moved = tensor.detach().to(device)
+                    tensors[name] = torch.nn.Parameter(moved) if tensor.requires_grad else moved
+    return self
+
+
 @pytest.fixture(autouse=True)
 def fake_gpu(monkeypatch):
     levels = generate.noise_levels(1000, 3)
@@ -52,8 +64,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(train, "capture", lambda state, *batch: functools.partial(
         train.training_step, state))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **form: self)
-    with FakeTensorMode(allow_non_fake_inputs=True), CUDA:
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -102,14 +114,13 @@ def test_a_state_loaded_from_the_cpu_trains_on(state):
 
 @pytest.fixture
 def model():
-    return train.SimpleUnet().eval().requires_grad_(False)
+    return train.SimpleUnet().to(CUDA).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("guidance", [1, 2])
 @pytest.mark.parametrize("sampler", generate.SAMPLERS)
 def test_sampling_runs_on_the_gpu(sampler, guidance, model):
-    with torch.device("cpu"):
-        labels = torch.zeros(130, dtype=torch.int64)
+    labels = torch.zeros(130, dtype=torch.int64)
     frames = generate.sample(model, labels, sampler, steps=3, guidance=guidance, n_frames=3)
     assert frames.shape == (3, 130, 1, 28, 28) and frames.device.type == "cpu"
 
@@ -118,7 +129,7 @@ def test_sampling_runs_on_the_gpu(sampler, guidance, model):
 def judge():
     """What Judge's methods use of a Judge; its thresholds depend on values, which are not there."""
     images = on_gpu(2000, 1, 28, 28, dtype=torch.uint8)
-    return SimpleNamespace(classifier=test.Classifier().eval(), train_images=images,
+    return SimpleNamespace(classifier=test.Classifier().to(CUDA).eval(), train_images=images,
                            train_pixels=test.mnist_pixels(images), thresholds=on_gpu(10))
 
 
@@ -137,15 +148,14 @@ def test_metrics_run_on_the_gpu(model, judge):
 
 # ---- what is left on the CPU is found ----
 def test_a_schedule_left_on_the_cpu_is_found_in_training(state):
-    with torch.device("cpu"):
-        state.alphas_cumprod = torch.ones(1000, dtype=torch.float64)
+    state.alphas_cumprod = torch.ones(1000, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="device"):
         take_steps(state)
 
 
 def test_fresh_noise_left_on_the_cpu_is_found_in_sampling(model, monkeypatch):
     def draw_next(x_t, x_0, level, next_level, rng, eta):
-        return x_0 + torch.randn(x_t.shape, device="cpu")
+        return x_0 + torch.randn(x_t.shape)
 
     monkeypatch.setattr(generate, "draw_next", draw_next)
     with pytest.raises(RuntimeError, match="device"):

@@ -31,6 +31,8 @@ def contents(folder):
     (train.main, "--batch_size 60001", "60000"),
     (train.main, "--label_dropout nan", "--label_dropout"),
     (train.main, "--image_size 30", "multiple of 4"),
+    (train.main, "--guided_min 0.5", "--guided_max"),
+    (train.main, "--time_steps 20", "from 21"),
     (train.main, "--device cuda:99", "cuda:99"),
     (generate.main, "--labels 11", "--labels"),
     (generate.main, "--out digits.jpg", "--out"),
@@ -140,6 +142,20 @@ def test_missing_checkpoint(main, tmp_path, capsys):
     path = tmp_path / "none.pth"
     flags = ["--root", str(tmp_path), "--checkpoint_path", str(path)]
     assert str(path) in error_of(main, flags, capsys)
+
+
+@pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
+def test_a_checkpoint_of_an_earlier_version(main, small_model, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "x.pth", small_model, 10, config=small_model.config)
+    flags = ["--root", str(tmp_path), "--checkpoint_path", str(path)]
+    assert f"{path} is of an earlier version" in error_of(main, flags, capsys)
+
+
+def test_a_state_of_an_earlier_version(stopped, capsys):
+    path = stopped / train.LATEST
+    torch.save(torch.load(path, weights_only=True) | {"predicts": None}, path)
+    message = error_of(train.main, ["--root", str(stopped), "--resume"], capsys)
+    assert f"{path} is of an earlier version" in message
 
 
 def test_no_weights_at_all(tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ def test_steps_grow_shorter_until_they_visit_every_t():
 def implying(predict_noise, clip):
     """Return the predict_x_0 that a sampler asks for, by a function that predicts the noise."""
     def predict_x_0(x_t, t, alpha_t, sigma_t):
-        x_0 = train.implied_x_0(predict_noise(x_t, t), x_t, alpha_t, sigma_t)
+        x_0 = (x_t - sigma_t * predict_noise(x_t, t)) / alpha_t
         return x_0.clamp(-1, 1) if clip else x_0
     return predict_x_0
 

@@ -90,7 +90,7 @@ def test_features_do_not_depend_on_the_batch_size(classifier, small_model, mnist
     images = mnist["test"][0][:100]
     pixels = test.mnist_pixels(images)
     whole = test.classify(classifier, pixels)[0], test.latent_features(small_model, images)
-    monkeypatch.setattr(test, "BATCH", 7)
+    monkeypatch.setattr(test, "EVAL_BATCH", 7)
     parts = test.classify(classifier, pixels)[0], test.latent_features(small_model, images)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
@@ -283,9 +283,8 @@ def test_mse_is_the_error_of_the_noise_over_all_t_after_clipping(mnist, error):
     mse = test.noise_mse(model, images, labels, 128)
     assert sorted(model.seen_t) == list(range(0, 1000, 2))
     a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[model.seen_t].reshape(-1, 1, 1, 1)
-    factor = np.sqrt((1 - a) / a)  # of an error in the noise, on its way to the clean image
-    left = np.clip(x_0.numpy() - factor * error, -1, 1) - x_0.numpy()
-    assert mse == pytest.approx(((left / factor) ** 2).mean(), abs=1e-6)
+    left = np.clip(x_0.numpy() - np.sqrt(1 - a) * error, -1, 1) - x_0.numpy()
+    assert mse == pytest.approx((a / (1 - a) * left ** 2).mean(), abs=1e-5)
 
 
 def test_mse_does_not_depend_on_the_batch_size(small_model, mnist):

@@ -40,12 +40,6 @@ def test_schedule_ends_in_noise_for_every_t(time_steps):
     assert 0 < train.cumulative_alphas(time_steps)[-1] < 1e-4
 
 
-def test_a_t_whose_last_beta_would_be_1_is_refused():
-    assert train.linear_beta_schedule(1000)[-1] * 1000 / 20 >= 1
-    with pytest.raises(UserError, match="at least 21"):
-        train.linear_beta_schedule(20)
-
-
 def test_forward_process_is_that_of_ddpm():
     reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
@@ -117,46 +111,77 @@ def test_t_is_spread_evenly_over_a_logit_normal_distribution(batch_size, time_st
     assert (most >= i - 1e-3).all() and (least <= i + 1 + 1e-3).all()
 
 
-@pytest.mark.parametrize("power", [0, 0.5, 1])
-def test_loss_is_the_squared_error_of_the_noise_weighted(power):
+def test_v_implies_the_clean_image():
+    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
+    x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
+    levels = train.signal_and_noise(t, train.cumulative_alphas(1000))
+    v = scheduler.get_velocity(x_0, noise, t)
+    x_t = train.forward_diffusion_sample(x_0, noise, *levels)
+    torch.testing.assert_close(train.x_0_from_v(v, x_t, *levels), x_0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_loss_is_the_squared_error_of_v_weighted(power):
     x_0 = (torch.rand(1, 1, 4, 4) * 2 - 1).expand(500, -1, -1, -1)
     noise = torch.randn(500, 1, 4, 4)
     t, labels = torch.arange(500) * 2, torch.zeros(500, dtype=torch.int64)
     loss = train.training_loss(Oracle(x_0, 0.5), x_0, t, noise, labels,
-                               train.cumulative_alphas(1000), train.Settings(loss_power=power))
-    weights = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[::2] ** -float(power)
+                               train.cumulative_alphas(1000),
+                               train.Settings(loss_power=power, model_guidance=0))
+    weights = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[::2] ** (power / 2)
     assert loss.item() == pytest.approx(0.25 * weights.mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize("edge", [-1, 1])
-def test_beyond_the_edge_nothing_is_wrong(edge):
+def test_overshooting_black_or_white_costs_nothing(edge):
     x_0, noise = torch.full((8, 1, 4, 4), float(edge)), torch.randn(8, 1, 4, 4)
     t, labels = torch.arange(8) * 100, torch.zeros(8, dtype=torch.int64)
     losses = [train.training_loss(Oracle(x_0, error), x_0, t, noise, labels,
                                   train.cumulative_alphas(1000), train.Settings(loss_power=0))
               for error in (-0.5 * edge, 0.5 * edge)]
-    beyond, within = losses  # noise that is overestimated makes an image darker
+    beyond, within = losses  # v that is overestimated makes an image darker
     assert beyond.item() == 0 and within.item() == pytest.approx(0.25, rel=1e-3)
 
 
-def test_a_quarter_of_the_batch_learns_to_guide_itself():
+def test_inside_the_interval_the_network_learns_to_guide_itself():
     scale = torch.tensor(0.1, requires_grad=True)
 
     def model(x_t, t, labels):
         return scale * labels.view(-1, 1, 1, 1).expand_as(x_t)
 
-    labels = torch.tensor([3, 3, 3, train.NULL_LABEL, 3, 3, 3, 3])
-    noise = torch.randn(8, 1, 4, 4)
-    settings = train.Settings(loss_power=0, model_guidance=0.4)
-    loss = train.training_loss(model, torch.zeros_like(noise), torch.arange(8), noise, labels,
-                               train.cumulative_alphas(1000), settings)
+    t = torch.tensor([10, 100, 180, 200, 300, 420, 500, 900])
+    labels = torch.tensor([3, 3, 3, 3, train.NULL_LABEL, 3, 3, 3])
+    noise, x_0 = torch.randn(2, 8, 1, 4, 4, generator=generator(CPU, "step", 0)) / 3
+    settings = train.Settings(loss_power=0, clamp=torch.inf, model_guidance=0.4, guided_max=0.4)
+    loss = train.training_loss(model, x_0, t, noise, labels, train.cumulative_alphas(1000),
+                               settings)
     loss.backward()
-    eps, targets = 0.1 * labels.numpy(), noise.numpy().copy()
-    targets[2] += 0.4 * (0.3 - 1)  # the third and the fourth; the fourth's label was dropped
-    errors = eps[:, None, None, None] - targets
-    assert loss.item() == pytest.approx((errors ** 2).mean(), rel=1e-3)
-    slope = (2 * errors * labels.numpy()[:, None, None, None]).mean()  # the target does not move
-    assert scale.grad.item() == pytest.approx(slope, rel=1e-3)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t].reshape(8, 1, 1, 1)
+    alpha_t, sigma_t = np.sqrt(a), np.sqrt(1 - a)
+    targets, x_t = x_0.numpy().copy(), alpha_t * x_0.numpy() + sigma_t * noise.numpy()
+    # The third is outside, and the label of the fifth was dropped.
+    x_label, x_null = (np.clip(alpha_t[3] * x_t[3] - sigma_t[3] * v, -1, 1) for v in (0.3, 1))
+    targets[3] += 0.4 * (x_label - x_null)
+    v = 0.1 * labels.numpy().reshape(8, 1, 1, 1)
+    errors = v - (alpha_t * x_t - targets) / sigma_t
+    assert loss.item() == pytest.approx((errors ** 2).mean(), rel=1e-2)  # maybe in bfloat16
+    slope = (2 * errors * labels.numpy().reshape(8, 1, 1, 1)).mean()  # the target does not move
+    assert scale.grad.item() == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize("batch_size, processes, time_steps", [
+    (1, 1, 1000), (3, 2, 1000), (64, 1, 1000), (64, 3, 1000), (1000, 2, 1000), (64, 1, 50)])
+def test_the_guided_part_has_all_t_of_the_interval(batch_size, processes, time_steps):
+    settings = train.Settings(time_steps=time_steps)
+    first, last = round(0.19 * time_steps), round(0.31 * time_steps)
+    for seed in range(20):
+        all_t = train.draw_t(batch_size * processes, settings, generator(CPU, "step", seed))
+        for rank in range(processes):
+            t = all_t[rank::processes]
+            inside = (first <= t) & (t < last)
+            part, mask = train.guided_part(t, settings)
+            assert mask.flatten().equal(inside[part]) and inside.sum() == inside[part].sum()
+            assert 0 < len(t[part]) <= inside.sum() + 2
 
 
 # ---- the step ----
@@ -200,8 +225,9 @@ def test_a_step_shows_the_network_what_it_should(state):
     dropped = labels == train.NULL_LABEL
     assert dropped.float().mean().item() == pytest.approx(state.settings.label_dropout, abs=0.005)
     assert set(labels.tolist()) == {3, train.NULL_LABEL} and set(nulls.tolist()) == {10}
-    assert guided_x_t.equal(x_t[2500:5000]) and guided_t.equal(t[2500:5000])
-    assert 185 <= guided_t.min() and guided_t.max() <= 310
+    part, _ = train.guided_part(t, state.settings)
+    assert guided_x_t.equal(x_t[part]) and guided_t.equal(t[part])
+    assert guided_t.min() in (189, 190) and guided_t.max() in (309, 310)
 
 
 def test_the_ema_follows_the_weights(state):
@@ -260,8 +286,7 @@ def test_the_loss_falls(tmp_path, small_mnist):
     log = read_csv(tmp_path / "datas/train_log.csv")
     assert [row["epoch"] for row in log] == [str(n) for n in range(1, 13)]
     assert list(log[0]) == ["epoch", "loss", "seconds"]
-    assert 1 < float(log[0]["loss"]) < 4  # a network that says 0 has about 2
-    assert float(log[-1]["loss"]) < 0.2 * float(log[0]["loss"])
+    assert float(log[-1]["loss"]) < 0.5 * float(log[0]["loss"])
 
 
 def test_a_run_depends_on_its_seed_alone(tmp_path, small_mnist):
@@ -280,7 +305,7 @@ def test_checkpoints_come_as_promised(tmp_path, small_mnist):
     assert set(checkpoint) == {"epoch", "model_state_dict", "loss", "config"}
     assert checkpoint["epoch"] == 5 and isinstance(checkpoint["loss"], float)
     assert checkpoint["config"] == dict(channels=1, image_size=28, time_steps=1000,
-                                        widths=(32, 64))
+                                        widths=(32, 64), predicts="v")
     saved = saved_state(tmp_path)
     torch.testing.assert_close(checkpoint["model_state_dict"], saved["ema"], rtol=0, atol=0)
     with Image.open(tmp_path / "datas/train_log.png") as picture:
@@ -344,17 +369,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
-def test_an_epochs_seconds_are_of_its_steps_alone_and_outlast_a_stop(
-        tmp_path, small_mnist, monkeypatch):
-    clock, take_step, check_finite = SimpleNamespace(now=0), train.take_step, train.check_finite
+def test_an_epochs_seconds_outlast_a_stop(tmp_path, small_mnist, monkeypatch):
+    clock, take_step = SimpleNamespace(now=0), train.take_step
 
     def slow_take_step(*arguments):
         clock.now += 10
         take_step(*arguments)
-
-    def waiting_check(state):
-        clock.now += 1  # a GPU ends its last steps meanwhile
-        check_finite(state)
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(train, "take_step", slow_take_step)
@@ -362,10 +382,9 @@ def test_an_epochs_seconds_are_of_its_steps_alone_and_outlast_a_stop(
         patch.setattr(train, "take_step", stop_at(3, signal.SIGTERM))
         run_small(tmp_path, "--n_epochs", 2)
     clock.now += 1000
-    monkeypatch.setattr(train, "check_finite", waiting_check)
     run_small(tmp_path, "--resume")
     seconds = [float(row["seconds"]) for row in read_csv(tmp_path / "datas/train_log.csv")]
-    assert seconds == [42, 41]  # the first epoch was checked twice, before a save and at its end
+    assert seconds == [40, 40]
 
 
 def test_a_signal_in_the_last_step_does_not_stop_a_finished_run(tmp_path, small_mnist, monkeypatch):
@@ -408,16 +427,16 @@ def test_a_loss_that_is_infinite_is_not_saved_although_the_weights_are_finite(st
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
-@pytest.mark.parametrize("step, epoch, saved", [(6, 2, 5), (12, 3, 11)])
+@pytest.mark.parametrize("step, epoch", [(6, 2), (12, 3)])
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(
-        what, step, epoch, saved, tmp_path, small_mnist, monkeypatch, capsys):
+        what, step, epoch, tmp_path, small_mnist, monkeypatch, capsys):
     monkeypatch.setattr(train, "training_loss", spoil(what, step))
     monkeypatch.setattr(train, "SAVE_INTERVAL", 0)
     flags = "--n_epochs 3 --batch_size 64 --save_every 1 --device cpu".split()
-    assert f"epoch {epoch}" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
+    assert f"step {step}" in error_of(train.main, ["--root", str(tmp_path), *flags], capsys)
     assert list(epoch_checkpoints(tmp_path)) == [*range(1, epoch)]
     state = saved_state(tmp_path)
-    assert state["step"] == saved
+    assert state["step"] == step - 1
     assert all(values.isfinite().all() for values in state["model"].values())
 
 
