@@ -62,8 +62,7 @@ def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
                     accuracy=accuracy, fid_classifier=1, precision=0.5, recall=0.25, commit="today",
                     machine="B", torch="2", python="3", date="1") | other
 
-    path = tmp_path / "runs.csv"
-    read_runs = benchmark.read_runs
+    path, read_runs = tmp_path / "runs.csv", benchmark.read_runs
     monkeypatch.setattr(benchmark, "read_runs", lambda _: read_runs(path))
     with pytest.raises(UserError, match="does not exist"):
         benchmark.main(["time"])
