@@ -10,7 +10,7 @@
     python docs/benchmark.py released    metrics of the released run
     python docs/benchmark.py time        digits after so many epochs, and baselines'
     python docs/benchmark.py recipe      digits of ablations
-    python docs/benchmark.py trials      digits of the runs by which the recipe was chosen
+    python docs/benchmark.py trials      digits of runs by which choices of the recipe are tried
 
 The times are those of two CPU cores with bfloat16. The last four tables take a moment: they are
 the means of what "make release" and docs/runs.py have measured. "make tables" prints all tables
@@ -425,7 +425,7 @@ def recipe_table():
 
 
 def trials_table():
-    """Print the runs by which the recipe was chosen, compared with training images held out."""
+    """Print the runs by which choices are tried, compared with training images held out."""
     tried = {"recipe": ABLATIONS["recipe"]} | TRIALS
     runs_table({trial.label: [(name, 64, 1), (name, 64, 2)] for name, trial in tried.items()},
                TRIALS_FILE)

@@ -1,7 +1,7 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
     python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
-    python docs/runs.py trials    the runs by which the recipe was chosen: two hours
+    python docs/runs.py trials    runs by which choices of the recipe are tried: four hours
     python docs/runs.py race      digits for the picture of a race: an hour
 
 These are runs of the recipe, of ablations, which lack one or a few of its choices, and of the
@@ -10,9 +10,9 @@ over several sittings, on several machines, and Ctrl-C loses no more than one ru
 share the work if each has seeds of its own. "python docs/benchmark.py time", "recipe" and "trials"
 print the means.
 
-The recipe is chosen by trials, which are trained on the first 50,000 training images, compared with
-the last 10,000 and written to docs/tables/trials.csv. So the test images judge it, but do not
-choose it.
+Choices of the recipe are tried by trials, which are trained on the first 50,000 training images,
+compared with the last 10,000 and written to docs/tables/trials.csv. So the test images judge the
+recipe, but do not choose it.
 """
 import argparse
 import copy
