@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints, generator,
-                    has_bf16, load_tensors, make_parser, prepare_folder, refuse_contradictions,
-                    replacing, run_script)
+from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints,
+                    explain_read_errors, generator, has_bf16, load_tensors, make_parser,
+                    prepare_folder, refuse_contradictions, replacing, run_script)
 from train import (NULL_LABEL, SimpleUnet, cumulative_alphas, refuse_other_predictions,
                    x_0_from_v)
 
@@ -218,13 +218,13 @@ def load_checkpoint(path, device="cpu"):
 
     Raises UserError where the file is missing, damaged or of an earlier version.
     """
-    checkpoint = load_tensors(path, ["epoch", "model_state_dict", "config"],
-                              "it must be a diffusion_epoch_{N}.pth of src/train.py")
-    config = checkpoint["config"]
-    refuse_other_predictions(config, path)
-    model = SimpleUnet(**{name: config[name] for name in config if name != "predicts"})
-    model.load_state_dict(checkpoint["model_state_dict"])
-    checkpoint["epoch"] = int(checkpoint["epoch"])  # it becomes part of a file's name
+    with explain_read_errors(path, "it must be a diffusion_epoch_{N}.pth of this src/train.py"):
+        checkpoint = load_tensors(path)
+        config = checkpoint["config"]
+        refuse_other_predictions(config)
+        model = SimpleUnet(**{name: config[name] for name in config if name != "predicts"})
+        model.load_state_dict(checkpoint["model_state_dict"])
+        checkpoint["epoch"] = int(checkpoint["epoch"])  # it becomes part of a file's name
     model.to(device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False), checkpoint
 

@@ -94,8 +94,9 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, exact=Fa
 def load_classifier(device):
     """Return the Classifier, ready to predict. Raises UserError where it is missing or damaged."""
     classifier = Classifier()
-    classifier.load_state_dict(load_tensors(
-        CLASSIFIER, ["head.weight"], "make it anew by 'python src/test.py --train_classifier'"))
+    with explain_read_errors(CLASSIFIER,
+                             "make it anew by 'python src/test.py --train_classifier'"):
+        classifier.load_state_dict(load_tensors(CLASSIFIER))
     return classifier.to(device).eval().requires_grad_(False)
 
 

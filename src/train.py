@@ -533,21 +533,23 @@ def save_state(state, root):
         plot_losses(root / "datas/train_log.png", state.log)
 
 
-def refuse_other_predictions(content, path):
-    """Raise UserError unless the content of the file says that its network predicts v."""
+def refuse_other_predictions(content):
+    """Raise ValueError unless the content of a file says that its network predicts v."""
     if content.get("predicts") != "v":
-        raise UserError(f"{path} is of an earlier version, whose network predicts the noise: train "
-                        "anew")
+        raise ValueError("its network predicts the noise, as in earlier versions")
 
 
 def load_state(root, device):
-    """Return the State that save_state wrote. Raises UserError where it is missing or damaged."""
-    saved = load_tensors(root / LATEST, ["settings"],
-                         "remove it if it is there, and start a run without --resume, or choose "
-                         "another --root")
-    refuse_other_predictions(saved, root / LATEST)
-    state = State(Settings(**saved["settings"]), device)
-    state.load_state_dict(saved)
+    """Return the State that save_state wrote.
+
+    Raises UserError where it is missing, damaged or of an earlier version.
+    """
+    with explain_read_errors(root / LATEST, "remove it if it is there, and start a run without "
+                             "--resume, or choose another --root"):
+        saved = load_tensors(root / LATEST)
+        refuse_other_predictions(saved)
+        state = State(Settings(**saved["settings"]), device)
+        state.load_state_dict(saved)
     return state
 
 
