@@ -22,7 +22,6 @@ import functools
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import textbook
 import train
-from common import REPOSITORY, add_device_flag, generator, has_bf16, run_script
-from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor,
-                      load_checkpoint, noise_levels, sample, spread_labels, to_pixels)
+from common import REPOSITORY, add_device_flag, has_bf16, run_script
+from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, sample,
+                      spread_labels)
 from runs import (ABLATIONS, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS, TRIALS_FILE, conditions,
                   make_scorer, read_runs, rows_of, train_ablation)
-from test import (FORMATS, classify, distort, frechet_distance, judging, latent_features,
-                  load_classifier, mnist_pixels, pick_images, train_classifier)
+from test import (FORMATS, classify, frechet_distance, judging, load_classifier, mnist_pixels,
+                  pick_images, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
@@ -148,14 +147,6 @@ def textbook_training(images, labels, batch_size):
                              batch_size)
 
 
-def saving_time(state):
-    """Return the seconds that the state takes to save, with a log of 1,000 epochs."""
-    state.log = [dict(epoch=n, loss=1 / n, seconds=1.0) for n in range(1, 1001)]
-    with tempfile.TemporaryDirectory() as folder:
-        return statistics.median(seconds(lambda: train.save_state(state, Path(folder)),
-                                         state.rng.device) for _ in range(7))
-
-
 def training_speed(device, batch_size=128):
     """Print images a second of training, beside plain DDPM and a matrix product."""
     images, labels = train.load_mnist("train", device=device)
@@ -179,58 +170,37 @@ def training_speed(device, batch_size=128):
     share = ratio(measured, product) * flops / 1e9
     print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes {share:.0%} of the matrix "
           f"product's rate.\nThe peak of memory is {memory:.0f} MiB.")
-    saving = saving_time(state)
-    print(f"The state takes {saving:.2f} s to save, every {train.SAVE_INTERVAL} s: "
-          f"{saving / train.SAVE_INTERVAL:.1%} of the time.")
 
 
-@torch.inference_mode()
 def sampling_speed(device, checkpoint_path=RELEASED):
-    """Print digits a second of the default sampler, and of its predictions alone."""
+    """Print digits a second of the default sampler."""
     model, _ = load_checkpoint(checkpoint_path, device)
-    digits = 10 * CHUNK_SIZE
-    steps = SAMPLERS[DEFAULT_SAMPLER].steps
-    labels = torch.arange(digits) % 10
-    levels = noise_levels(model.config["time_steps"], steps)
-    predict_x_0 = clean_image_predictor(model, labels[:CHUNK_SIZE].to(device), guidance=1)
-    size, channels = model.config["image_size"], model.config["channels"]
-    x_t = torch.randn(CHUNK_SIZE, channels, size, size, device=device)
-
-    def predictions():
-        for chunk in range(digits // CHUNK_SIZE):
-            for level in levels[:-1]:
-                predict_x_0(x_t, *level)
-
-    print(f"{digits:,} digits in {steps} steps, {CHUNK_SIZE} of them together.\n")
-    measured = rates({"sampling": (lambda: sample(model, labels), digits, "digits"),
-                      "its predictions alone": (predictions, digits, "digits")}, device)
-    share = ratio(measured["sampling"], measured["its predictions alone"])
-    print(f"Sampling reaches {share:.0%} of its predictions' rate. The peak of memory is "
-          f"{peak_memory(device):.0f} MiB.")
+    labels = torch.arange(10 * CHUNK_SIZE) % 10
+    print(f"{len(labels):,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps, {CHUNK_SIZE} of "
+          "them together.\n")
+    rates({"sampling": (lambda: sample(model, labels), len(labels), "digits")}, device)
+    print(f"The peak of memory is {peak_memory(device):.0f} MiB.")
 
 
 # ---- quality ----
 @judging()
-def floor_table(device, checkpoint_path=RELEASED):
+def floor_table(device):
     """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
-    model, _ = load_checkpoint(checkpoint_path, device)
     classifier = load_classifier(device)
-    form = model.config["image_size"], model.config["channels"], device
-    test_images, test_labels = train.load_mnist("test", *form)
+    test_images, test_labels = train.load_mnist("test", device=device)
     order = test_labels.argsort(stable=True)  # so that both halves have as many of each digit
     half, other_half = order[1::2], order[::2]
-    train_images = pick_images(*train.load_mnist("train", *form), test_labels[half])
+    train_images = pick_images(*train.load_mnist("train", device=device), test_labels[half])
 
     def features(images):
-        return latent_features(model, images), classify(classifier, mnist_pixels(images))[0]
+        return classify(classifier, mnist_pixels(images))[0]
 
-    judged = features(test_images[half])
-    print("Frechet distances to half of the test images. All three are in the same proportions.\n")
-    print_header("", "fid_latent", "fid_classifier")
+    print("All digits are in the same proportions.\n")
+    print_header("to half of the test images", "Frechet distance")
     for name, images in (("the other 5,000 test images", test_images[other_half]),
                          ("5,000 training images", train_images)):
-        print_row(name, *(f"{frechet_distance(*pair):.4f}"
-                          for pair in zip(features(images), judged, strict=True)))
+        distance = frechet_distance(features(images), features(test_images[half]))
+        print_row(name, f"{distance:.4f}")
 
 
 GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
@@ -314,21 +284,12 @@ def told_apart(generated, real, seed):
     return (answers == is_real[unseen]).double().mean().item()
 
 
-def slightly_distorted(images):
-    """Return images (N, 1, 28, 28) uint8, distorted as those that the classifier is trained on.
-
-    This mixes the greys of neighbouring pixels.
-    """
-    rng = generator(images.device, "evaluation", 0)
-    return to_pixels(distort(images / 127.5 - 1, rng))
-
-
-LOOKS = {"as they are": lambda images: images, "slightly distorted": slightly_distorted,
+LOOKS = {"as they are": lambda images: images,
          "in black and white": lambda images: (images > 127).byte() * 255}
 
 
 def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
-    """Print how often a network tells digits from real ones, looked at in three ways.
+    """Print how often a network tells digits from real ones, grey and in black and white.
 
     The first line is of training images against test images. 50 % would be guessing.
     """
@@ -353,7 +314,7 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
         "the same without the clamp": of_a_short_run("no_clamp"),
         checkpoint_path.stem: functools.partial(generated, released),
     }
-    print(f"{len(real):,} digits of a kind and as many test images, of which a fifth is asked for; "
+    print(f"{len(real):,} digits of a kind and as many test images, a fifth of them held out; "
           f"{seeds} seeds.\n")
     print_header("", *LOOKS)
     for name, make in rows.items():

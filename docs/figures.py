@@ -153,7 +153,7 @@ def curves():
 def quality_over_time():
     """Return the Frechet distance against the minutes of training.
 
-    An arrow shows how much sooner the recipe has the distance at which baseline D ends.
+    An arrow shows how much faster the recipe gets to the distance at which baseline D ends.
     """
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -167,7 +167,7 @@ def quality_over_time():
     sooner = np.exp(np.interp(-np.log(goal), -distances, minutes))
     axes.annotate("", (sooner, goal), (end, goal), arrowprops=dict(arrowstyle="->", lw=1.5,
                   color=matplotlib.rcParams["text.color"]))
-    axes.annotate(f"{end / sooner:.1f} times sooner", ((sooner * end) ** 0.5, goal), (0, -16),
+    axes.annotate(f"{end / sooner:.1f}x faster", ((sooner * end) ** 0.5, goal), (0, -16),
                   textcoords="offset points", ha="center", size=13)
     real, *_ = read_runs()
     axes.axhline(real["fid_classifier"], color="tab:gray", ls="--")

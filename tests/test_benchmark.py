@@ -31,7 +31,7 @@ def test_benchmark_of_training(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what, rows", [
-    ("sampling", 2), ("guidance", len(benchmark.GUIDANCE) + 1), ("samplers", 3), ("floors", 2),
+    ("sampling", 1), ("guidance", len(benchmark.GUIDANCE) + 1), ("samplers", 3), ("floors", 2),
     ("usefulness", 2), ("told_apart", 4)])
 def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
     given = []
