@@ -10,7 +10,7 @@
     python docs/benchmark.py released    metrics of the released run
     python docs/benchmark.py time        digits after so many epochs, and baselines'
     python docs/benchmark.py recipe      digits of ablations
-    python docs/benchmark.py trials      digits of runs by which choices of the recipe are tried
+    python docs/benchmark.py trials      digits of other choices for the recipe
 
 The times are those of two CPU cores with bfloat16. The last four tables take a moment: they are
 the means of what "make release" and docs/runs.py have measured. "make tables" prints all tables
@@ -35,8 +35,8 @@ import train
 from common import REPOSITORY, add_device_flag, has_bf16, run_script
 from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, sample,
                       spread_labels)
-from runs import (ABLATIONS, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS, TRIALS_FILE, conditions,
-                  make_scorer, read_runs, rows_of, train_ablation)
+from runs import (ABLATIONS, BATCH_SIZE, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS,
+                  TRIALS_FILE, conditions, make_scorer, read_runs, rows_of, train_ablation)
 from test import (FORMATS, classify, frechet_distance, judging, load_classifier, mnist_pixels,
                   pick_images, train_classifier)
 
@@ -302,7 +302,7 @@ def told_apart_table(device, checkpoint_path=RELEASED, seeds=SEEDS):
 
     def of_a_short_run(name):
         def made(seed):
-            settings = train.Settings(n_epochs=2, batch_size=64, seed=seed)
+            settings = train.Settings(n_epochs=2, batch_size=BATCH_SIZE, seed=seed)
             *_, trained = train_ablation(name, settings, images, labels)
             return generated(trained[name], seed)
         return made
@@ -341,28 +341,28 @@ def released_table():
                            for name, form in FORMATS.items()))
 
 
-# What is trained, in batches of how many, for how many epochs.
+# What is trained, and for how many epochs.
 OVER_TIME = {
-    "A: plain DDPM": [("A", 64, epochs) for epochs in (2, 4, 8, 16)],
-    "B: A with EMA": [("B", 64, epochs) for epochs in (2, 4, 8, 16)],
+    "A: plain DDPM": [("A", epochs) for epochs in (2, 4, 8, 16)],
+    "B: A with EMA": [("B", epochs) for epochs in (2, 4, 8, 16)],
     "C: B with the cosine schedule, without label dropout": [
-        ("C", 64, epochs) for epochs in (2, 4, 8, 16)],
-    "D: C with a learning rate of 0.002 that decays": [("D", 64, epochs) for epochs in (4, 8, 16)],
-    "the recipe": [("recipe", 64, epochs) for epochs in (1, 2, 4, 8, 16)],
-    "the recipe without model guidance": [("no_guidance", 64, epochs) for epochs in (2, 8)],
+        ("C", epochs) for epochs in (2, 4, 8, 16)],
+    "D: C with a learning rate of 0.002 that decays": [("D", epochs) for epochs in (4, 8, 16)],
+    "the recipe": [("recipe", epochs) for epochs in (1, 2, 4, 8, 16)],
+    "the recipe without model guidance": [("no_guidance", epochs) for epochs in (2, 8)],
 }
 
 
-def runs_table(shown, path=RUNS_FILE):
-    """Print the metrics and times of short runs; shown: {what: [(name, batch size, epochs)]}."""
+def runs_table(shown, path=RUNS_FILE, timed=False):
+    """Print the metrics, and the times if wanted, of runs; shown: {what: [(name, epochs)]}."""
     real, *rows = read_runs(path)
-    found = [(what, epochs, rows_of(rows, name, batch_size, epochs))
-             for what, runs in shown.items() for name, batch_size, epochs in runs]
+    found = [(what, epochs, rows_of(rows, name, epochs))
+             for what, runs in shown.items() for name, epochs in runs]
     measured = [row for *_, of_run in found for row in of_run]
-    machines = sorted({row["machine"] for row in measured})
+    machines = sorted({row["machine"] for row in measured}) if timed else []
     print_conditions(measured)
-    print(f"Batches of 64; {N_SAMPLES:,} digits of each run; docs/tables/{path.name} has all "
-          "runs.\n")
+    print(f"Batches of {BATCH_SIZE}; {N_SAMPLES:,} digits of each run; docs/tables/{path.name} has "
+          "all runs.\n")
     print_header("training", "epochs", "seeds", *(f"seconds, {machine}" for machine in machines),
                  *QUALITY)
     for what, epochs, of_run in found:
@@ -377,19 +377,18 @@ def runs_table(shown, path=RUNS_FILE):
 
 def time_table():
     """Print what digits are worth after more and more epochs, and how long these took."""
-    runs_table(OVER_TIME)
+    runs_table(OVER_TIME, timed=True)
 
 
 def recipe_table():
     """Print what digits are worth without one choice of the recipe."""
-    runs_table({ablation.label: [(name, 64, 2)] for name, ablation in ABLATIONS.items()})
+    runs_table({ablation.label: [(name, 2)] for name, ablation in ABLATIONS.items()})
 
 
 def trials_table():
-    """Print the runs by which choices are tried, compared with training images held out."""
+    """Print the trials of other choices for the recipe, validated on training images held out."""
     tried = {"recipe": ABLATIONS["recipe"]} | TRIALS
-    runs_table({trial.label: [(name, 64, 1), (name, 64, 2)] for name, trial in tried.items()},
-               TRIALS_FILE)
+    runs_table({trial.label: [(name, 2)] for name, trial in tried.items()}, TRIALS_FILE)
 
 
 # ---- command line ----

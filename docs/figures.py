@@ -160,8 +160,9 @@ def quality_over_time():
     measured = curves()
     for name, (minutes, distances) in measured.items():
         axes.plot(minutes, distances, "o-", color=COLORS[name], lw=2)
-        axes.annotate(name, (minutes[-1], distances[-1]), (0, 7), color=COLORS[name], size=14,
-                      textcoords="offset points", ha="center", weight="bold")
+        axes.annotate(name, (minutes[-1], distances[-1]), (8, 0), color=COLORS[name], size=14,
+                      textcoords="offset points", weight="bold",
+                      va={"B": "bottom", "D": "top"}.get(name, "center"))
     end, goal = (values[-1] for values in measured["D"])
     minutes, distances = np.log(measured["recipe"])
     sooner = np.exp(np.interp(-np.log(goal), -distances, minutes))
@@ -179,7 +180,7 @@ def quality_over_time():
     axes.tick_params(labelsize=12)
     label_log_axis(axes.xaxis)
     label_log_axis(axes.yaxis)
-    axes.margins(0.1)
+    axes.margins(0.15, 0.1)
     return figure
 
 

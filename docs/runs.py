@@ -1,7 +1,7 @@
 """Train short runs, and write what their digits are worth to docs/tables/runs.csv.
 
     python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
-    python docs/runs.py trials    runs by which choices of the recipe are tried: four hours
+    python docs/runs.py trials    trials of other choices for the recipe: two hours
     python docs/runs.py race      digits for the picture of a race: an hour
 
 These are runs of the recipe, of ablations, which lack one or a few of its choices, and of the
@@ -10,9 +10,8 @@ over several sittings, on several machines, and Ctrl-C loses no more than one ru
 share the work if each has seeds of its own. "python docs/benchmark.py time", "recipe" and "trials"
 print the means.
 
-Choices of the recipe are tried by trials, which are trained on the first 50,000 training images,
-compared with the last 10,000 and written to docs/tables/trials.csv. So the test images judge the
-recipe, but do not choose it.
+Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
+is docs/tables/trials.csv. So the test images judge the recipe, but do not choose it.
 """
 import argparse
 import copy
@@ -48,6 +47,7 @@ RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
 TRIALS_FILE = REPOSITORY / "docs/tables/trials.csv"
 RACE_FILE = REPOSITORY / "docs/tables/race.npz"
 N_SAMPLES = 10_000
+BATCH_SIZE = 64
 SEEDS = 3
 METRICS = "accuracy", "fid_classifier", "precision", "recall"
 
@@ -211,6 +211,8 @@ TRIALS = {
     "guided_later": Ablation("model guidance from 0.24 to 0.38", LATER),
     "guided_later_0.45": Ablation("model guidance of 0.45 from 0.24 to 0.38",
                                   dict(LATER, model_guidance=0.45)),
+    "guided_longer_0.45": Ablation("model guidance of 0.45 from 0.19 to 0.38",
+                                   dict(guided_max=0.38, model_guidance=0.45)),
     "guidance_0.7": Ablation("model guidance of 0.7", dict(model_guidance=0.7)),
     "t_mean_-0.5": Ablation("mean of logit(t / T) -0.5", dict(t_mean=-0.5)),
     "no_clipping": Ablation("no gradient clipping", dict(max_norm=math.inf)),
@@ -235,12 +237,8 @@ def train_ablation(name, settings, images, labels):
 
 # ---- runs ----
 class Run(NamedTuple):
-    """What is trained, in batches of how many, and the epochs after which its digits are judged.
-
-    A run ends with the last of these epochs.
-    """
+    """What is trained; its digits are judged after each of these epochs."""
     name: str
-    batch_size: int
     epochs: tuple
 
 
@@ -248,12 +246,12 @@ class Run(NamedTuple):
 #
 # Where the learning rate is constant, one run passes through all epochs. Where it decays over a
 # run, each number of epochs is a run of its own.
-RUNS = [Run("A", 64, (2, 4, 8, 16)), Run("C", 64, (2, 4, 8, 16)),
-        *(Run("D", 64, (epochs,)) for epochs in (4, 8, 16)),
-        *(Run("recipe", 64, (epochs,)) for epochs in (1, 2, 4, 8, 16)),
-        Run("no_guidance", 64, (8,)),
-        *(Run(name, 64, (2,)) for name in ABLATIONS if name != "recipe")]
-TRIAL_RUNS = [Run(name, 64, (epochs,)) for epochs in (1, 2) for name in ("recipe", *TRIALS)]
+RUNS = [Run("A", (2, 4, 8, 16)), Run("C", (2, 4, 8, 16)),
+        *(Run("D", (epochs,)) for epochs in (4, 8, 16)),
+        *(Run("recipe", (epochs,)) for epochs in (1, 2, 4, 8, 16)),
+        Run("no_guidance", (8,)),
+        *(Run(name, (2,)) for name in ABLATIONS if name != "recipe")]
+TRIAL_RUNS = [Run(name, (2,)) for name in ("recipe", *TRIALS)]
 
 
 def load_parts(device, trials=False):
@@ -284,7 +282,7 @@ def networks(run, seed, images, labels):
 
     seconds: of training so far, its start-up included.
     """
-    settings = train.Settings(n_epochs=run.epochs[-1], batch_size=run.batch_size, seed=seed)
+    settings = train.Settings(n_epochs=run.epochs[-1], batch_size=BATCH_SIZE, seed=seed)
     train_one = train_baseline if run.name in BASELINES else train_ablation
     seconds, start = 0.0, time.perf_counter()
     for epoch, trained in enumerate(train_one(run.name, settings, images, labels), start=1):
@@ -305,16 +303,14 @@ def read_runs(path=RUNS_FILE):
                 for row in csv.DictReader(file)]
 
 
-def rows_of(rows, name, batch_size, epoch):
+def rows_of(rows, name, epoch):
     """Return the rows of these runs after this epoch, one for each seed."""
-    wanted = name, str(batch_size), str(epoch)
-    return [row for row in rows
-            if (row["training"], row["batch_size"], row["epochs"]) == wanted]
+    return [row for row in rows if (row["training"], row["epochs"]) == (name, str(epoch))]
 
 
-def new_row(training, scores, here, batch_size="", epochs="", seed="", seconds=""):
+def new_row(training, scores, here, epochs="", seed="", seconds=""):
     """Return a row of runs.csv; here: what conditions returns."""
-    return dict(training=training, batch_size=batch_size, epochs=epochs, seed=seed,
+    return dict(training=training, batch_size=BATCH_SIZE, epochs=epochs, seed=seed,
                 seconds=seconds, **{metric: scores[metric] for metric in METRICS}, **here)
 
 
@@ -339,7 +335,7 @@ def record_runs(path, runs, device, seeds, trials=False):
     if not path.exists():
         write_csv(path, [new_row("training images", real, here)])
     for seed, run in itertools.product(seeds, runs):
-        done = rows_of(read_runs(path), run.name, run.batch_size, run.epochs[-1])
+        done = rows_of(read_runs(path), run.name, run.epochs[-1])
         if str(seed) in [row["seed"] for row in done]:
             continue
         predictor = predictor_by_noise if run.name in BASELINES else clean_image_predictor
@@ -348,8 +344,7 @@ def record_runs(path, runs, device, seeds, trials=False):
             for name, network in trained.items():
                 digits = sample(network, wanted, seed=seed, predictor=predictor)[-1]
                 scores = score(digits)
-                rows.append(new_row(name, scores, here, run.batch_size, epoch, seed,
-                                    f"{seconds:.1f}"))
+                rows.append(new_row(name, scores, here, epoch, seed, f"{seconds:.1f}"))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
         append_rows(path, rows)
 
@@ -374,7 +369,8 @@ def record_race(device, minutes=(1, 2, 4, 8, 16)):
                                           for row in rows if row["training"] == name)
         digits[name] = []
         for minute in minutes:
-            settings = train.Settings(n_epochs=60 * minute / epoch_seconds, batch_size=64)
+            settings = train.Settings(n_epochs=60 * minute / epoch_seconds,
+                                      batch_size=BATCH_SIZE)
             *_, trained = train_one(name, settings, images, labels)
             digits[name].append(sample(trained[name], torch.arange(10), predictor=predictor)[-1])
     with replacing(RACE_FILE) as file:

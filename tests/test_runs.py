@@ -151,7 +151,7 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
             yield None
 
     monkeypatch.setattr(runs, "train_baseline", epochs)
-    run = runs.Run("A", 64, (1, 3))
+    run = runs.Run("A", (1, 3))
     for epoch, _, seconds in runs.networks(run, 0, torch.zeros(1), None):
         found.append((epoch, seconds))
         clock.now += 1000  # its digits are judged
@@ -161,7 +161,7 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
 def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_mnist, monkeypatch):
     path, networks, begun = tmp_path / "runs.csv", runs.networks, []
     monkeypatch.setattr(runs, "N_SAMPLES", 20)
-    monkeypatch.setattr(runs, "RUNS", [runs.Run("recipe", 50, (1,)), runs.Run("A", 50, (1, 2))])
+    monkeypatch.setattr(runs, "RUNS", [runs.Run("recipe", (1,)), runs.Run("A", (1, 2))])
 
     def stopped(run, seed, *data):
         begun.append((run.name, seed))
