@@ -213,12 +213,9 @@ TRIALS = {
                                   dict(LATER, model_guidance=0.45)),
     "guided_longer_0.45": Ablation("model guidance of 0.45 from 0.19 to 0.38",
                                    dict(guided_max=0.38, model_guidance=0.45)),
-    "guidance_0.7": Ablation("model guidance of 0.7", dict(model_guidance=0.7)),
     "t_mean_-0.5": Ablation("mean of logit(t / T) -0.5", dict(t_mean=-0.5)),
     "no_clipping": Ablation("no gradient clipping", dict(max_norm=math.inf)),
     "muon_0.015": Ablation("Muon at 0.015", dict(muon_rate=0.015)),
-    "adam_0.004": Ablation("Adam at 0.004", dict(adam_rate=0.004)),
-    "label_dropout_0.1": Ablation("label dropout 0.1", dict(label_dropout=0.1)),
 }
 
 
