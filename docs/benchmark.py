@@ -33,12 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import textbook
 import train
 from common import REPOSITORY, add_device_flag, has_bf16, run_script
-from generate import (CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, sample,
-                      spread_labels)
+from generate import CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, sample
 from runs import (ABLATIONS, BATCH_SIZE, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS,
                   TRIALS_FILE, conditions, make_scorer, read_runs, rows_of, train_ablation)
 from test import (FORMATS, classify, frechet_distance, judging, load_classifier, mnist_pixels,
-                  pick_images, train_classifier)
+                  pick_images, share, spread_labels, train_classifier)
 
 RELEASED = REPOSITORY / "checkpoints/pretrained.pth"
 TRAINING_STEPS = 30  # timed together
@@ -55,7 +54,7 @@ def print_header(*names):
 
 
 def print_conditions(rows):
-    """Print by which code, where and when rows that have these conditions were measured."""
+    """Print the commits, machines, versions and dates of these rows."""
     commit, machine, torch_version, python, date = (
         " and ".join(sorted({row[name] for row in rows}))
         for name in ("commit", "machine", "torch", "python", "date"))
@@ -73,24 +72,18 @@ QUALITY = "accuracy", "Frechet distance", "precision", "recall"  # the columns
 
 def quality_cells(scores):
     """Return the cells below QUALITY for the metrics of digits: a dict for each seed."""
-    forms = ".2%", ".4f", ".3f", ".3f"
-    return [with_deviation([score[metric] for score in scores], form)
-            for metric, form in zip(METRICS, forms, strict=True)]
+    return [with_deviation([score[metric] for score in scores], FORMATS[metric])
+            for metric in METRICS]
 
 
 # ---- speed ----
 def seconds(function, device):
-    """Return the time that function() takes, on a GPU by its own clock."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    """Return the seconds that function() takes, until a GPU has done what it has launched."""
+    start = time.perf_counter()
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def rates(tasks, device, rounds=7):
@@ -167,9 +160,9 @@ def training_speed(device, batch_size=128):
     print(f"Batches of {batch_size}.\n")
     measured, plain, product = rates(tasks, device).values()
     print(f"Training is {ratio(measured, plain):.2f} times as fast as plain DDPM.")
-    share = ratio(measured, product) * flops / 1e9
-    print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes {share:.0%} of the matrix "
-          f"product's rate.\nThe peak of memory is {memory:.0f} MiB.")
+    print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes "
+          f"{ratio(measured, product) * flops / 1e9:.0%} of the matrix product's rate.\n"
+          f"The peak of memory is {memory:.0f} MiB.")
 
 
 def sampling_speed(device, checkpoint_path=RELEASED):
@@ -243,7 +236,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEED
 
 
 def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=SEEDS):
-    """Print the share of test digits that classifiers trained on generated digits read right.
+    """Print the test accuracy of classifiers trained on generated digits.
 
     Others are trained on as many real digits with the same labels. This is the classification
     accuracy score (Ravuri, Vinyals 2019).
@@ -257,10 +250,10 @@ def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=S
         classifier = train_classifier(images, labels, seed)
         with judging():
             _, read = classify(classifier, mnist_pixels(test_images))
-        return (read == test_labels).double().mean().item()
+        return share(read == test_labels)
 
     print(f"Classifiers trained on {len(images):,} digits, {seeds} seeds.\n")
-    print_header("trained on", "test digits read right")
+    print_header("trained on", "test accuracy")
     for name, digits in (("real digits", lambda seed: images),
                          ("generated digits",
                           lambda seed: sample(model, labels, seed=seed)[-1].to(device))):
@@ -269,10 +262,10 @@ def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=S
 
 # ---- told apart ----
 def told_apart(generated, real, seed):
-    """Return the share of right answers of a network that is to tell (N, 1, 28, 28) uint8 apart.
+    """Return the test accuracy of a binary classifier of generated against real images.
 
-    It is a Classifier that learns two of its ten classes, on 80 % of the images, and is asked about
-    the rest.
+    Both are (N, 1, 28, 28) uint8. It is a Classifier that uses two of its ten classes, trained on
+    80 % of the images and tested on the rest.
     """
     images = torch.cat([generated, real])
     is_real = torch.arange(len(images), device=images.device) >= len(generated)
@@ -281,7 +274,7 @@ def told_apart(generated, real, seed):
     network = train_classifier(images[seen], is_real[seen].long(), seed, epochs=5, exact=True)
     with judging():
         _, answers = classify(network, mnist_pixels(images[unseen]))
-    return (answers == is_real[unseen]).double().mean().item()
+    return share(answers == is_real[unseen])
 
 
 LOOKS = {"as they are": lambda images: images,

@@ -25,7 +25,7 @@ import train
 from benchmark import OVER_TIME
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
-                      noise_levels, sample, to_pixels)
+                      noise_levels, sample, to_pixels, write_gif)
 from runs import RACE_FILE, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
@@ -56,7 +56,7 @@ def way_from_noise(model, steps=36):
     frames = []
 
     def show(x_t, x_0):
-        frames.append(draw_grid(to_pixels(torch.cat([x_t, x_0])), 10).quantize(16))
+        frames.append(draw_grid(to_pixels(torch.cat([x_t, x_0])), 10))
 
     def predict_and_show(x_t, *level):
         x_0 = predict_x_0(x_t, *level)
@@ -69,10 +69,8 @@ def way_from_noise(model, steps=36):
     *_, last = chosen.function(predict_and_show, noise, levels, rng, chosen.eta)
     show(last, last)
     # In the first third there is little but noise to be seen.
-    duration = [60] * (steps // 3) + [140] * (steps - steps // 3) + [3000]  # ms
-    with replacing(SAMPLES / "released.gif") as file:
-        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], loop=0,
-                       duration=duration)
+    durations = [60] * (steps // 3) + [140] * (steps - steps // 3) + [3000]
+    write_gif(SAMPLES / "released.gif", frames, durations)
 
 
 def guidance_rows(model, digit=3):
@@ -95,7 +93,7 @@ def along_t(model):
     image, label = (values[7:8] for values in train.load_mnist("test"))
     shares = torch.arange(10) / 10 + 0.05  # t / T, each in the middle of its picture
     t = (shares * time_steps).long()
-    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(time_steps))
+    alpha_t, sigma_t = train.alpha_and_sigma(t, train.cumulative_alphas(time_steps))
     noise = torch.randn(10, 1, 28, 28, generator=generator("cpu", "samples", 0, 0))
     x_t = train.forward_diffusion_sample(image / 127.5 - 1, noise, alpha_t, sigma_t)
     guess = train.x_0_from_v(model(x_t, t, label.expand(10)), x_t, alpha_t, sigma_t)
@@ -199,10 +197,8 @@ def race():
         figure.suptitle(f"after {minute} minute{'s' if minute > 1 else ''} on one core", size=14)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
-        frames.append(Image.open(picture).convert("RGB").quantize(64))
-    with replacing(FOLDER / "race.gif") as file:
-        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[1500] * (len(frames) - 1) + [4000])  # ms
+        frames.append(Image.open(picture).convert("RGB"))
+    write_gif(FOLDER / "race.gif", frames, [1500] * (len(frames) - 1) + [4000])
     with replacing(FOLDER / "race.png") as file:
         frames[-1].save(file, format="png")
 

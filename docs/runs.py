@@ -40,8 +40,8 @@ import textbook
 import train
 from common import (REPOSITORY, UserError, add_device_flag, add_flag, bounded, has_bf16,
                     prepare_folder, replacing, run_script, write_csv)
-from generate import clean_image_predictor, sample, spread_labels
-from test import Judge, judging, load_classifier
+from generate import clean_image_predictor, sample
+from test import Judge, judging, load_classifier, spread_labels
 
 RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
 TRIALS_FILE = REPOSITORY / "docs/tables/trials.csv"
@@ -186,14 +186,11 @@ def adam_alone(state):
 
 
 class Ablation(NamedTuple):
-    """What differs from the recipe.
-
-    The learning rates reach 0 after as many steps as the run has, times horizon.
-    """
+    """What differs from the recipe."""
     label: str  # in tables
     settings: dict
     change: Callable | None = None  # of the State
-    horizon: float = 1
+    decays: bool = True  # the learning rates decay linearly to 0 over the run
 
 
 ABLATIONS = {
@@ -201,7 +198,7 @@ ABLATIONS = {
     "no_muon": Ablation("Adam at 0.002 instead of Muon", dict(adam_rate=0.002), adam_alone),
     "no_guidance": Ablation("no model guidance", dict(model_guidance=0.0)),
     "uniform_t": Ablation("t nearly uniform", dict(t_mean=0.0, t_std=1.7)),
-    "no_decay": Ablation("no learning rate decay", {}, horizon=math.inf),
+    "no_decay": Ablation("no learning rate decay", {}, decays=False),
     "no_clamp": Ablation("no clamp: darker than black is an error", dict(clamp=math.inf)),
 }
 LATER = dict(guided_min=0.24, guided_max=0.38)
@@ -225,7 +222,7 @@ def train_ablation(name, settings, images, labels):
     state = train.State(dataclasses.replace(settings, **ablation.settings), images.device)
     if ablation.change:
         ablation.change(state)
-    total_steps = sum(steps_of_epochs(settings, len(images))) * ablation.horizon
+    total_steps = sum(steps_of_epochs(settings, len(images))) if ablation.decays else math.inf
     for epoch, steps in enumerate(steps_of_epochs(settings, len(images))):
         for batch in train.epoch_batches(settings, epoch, len(images), images.device)[:steps]:
             train.take_step(state, images[batch], labels[batch], total_steps)

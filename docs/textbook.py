@@ -1,6 +1,6 @@
 """Plain DDPM (Ho et al. 2020) in one screen, with the network of src/train.py.
 
-    python docs/textbook.py    train for two epochs and draw a hundred digits: minutes
+    python docs/textbook.py    two epochs, then digits in generated_samples/textbook.png: minutes
 
 The README explains diffusion by this file, and docs/runs.py measures it as baseline A.
 """

@@ -76,7 +76,8 @@ def seed_for(purpose, seed, *numbers):
     """Return a seed for one purpose: step n of the run with this seed, for example.
 
     Nothing depends on what was drawn before, so a resumed run draws what an uninterrupted one would
-    have drawn. Keys of one purpose need one length: SeedSequence ignores trailing zeros.
+    have drawn. In one program keys of one purpose need one length, for SeedSequence ignores
+    trailing zeros.
     """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()

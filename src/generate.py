@@ -23,8 +23,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints,
                     explain_read_errors, generator, has_bf16, load_tensors, make_parser,
                     prepare_folder, refuse_contradictions, replacing, run_script)
-from train import (NULL_LABEL, SimpleUnet, cumulative_alphas, refuse_other_predictions,
-                   x_0_from_v)
+from train import NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
 
 
 # ---- samplers ----
@@ -137,11 +136,11 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
            n_frames=1, predictor=clean_image_predictor):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
-    The frames show x_t after n_frames steps, evenly spread, or after all if there are fewer; the
-    last is the clean image. steps and eta are by default the sampler's. On one machine image i
-    depends on i, the seed, labels[i] and these settings alone: every chunk of digits has random
-    numbers of its own, and the last chunk is filled up to the full size. predictor: for a model
-    that does not predict v. Raises UserError for more steps than T.
+    The F = min(n_frames, steps) frames show x_t after evenly spaced steps, the last one the clean
+    image. steps and eta are by default the sampler's. On one machine image i depends on i, the
+    seed, labels[i] and these settings alone: every chunk of digits has random numbers of its own,
+    and the last chunk is filled up to the full size. predictor: for a model that does not predict
+    v. Raises UserError for more steps than T.
     """
     device, config = next(model.parameters()).device, model.config
     chosen = SAMPLERS[sampler]
@@ -177,12 +176,6 @@ def choose_labels(n_samples, labels=None, seed=0):
     return torch.from_numpy(np.resize(labels, n_samples)).long()
 
 
-def spread_labels(labels, n_samples):
-    """Return n_samples labels, in order, in the proportions of the labels given."""
-    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
-    return labels.sort().values[places]
-
-
 # ---- pictures and arrays ----
 def draw_grid(images, columns):
     """Return images (N, C, H, W) uint8 row by row as one picture, small ones enlarged."""
@@ -197,12 +190,12 @@ def count_columns(n_samples, labels):
     return len(labels)
 
 
-def write_gif(path, frames, columns):
-    """Write the grids of frames (F, N, C, H, W) uint8 as an animation that rests at the last."""
-    first, *others = [draw_grid(images, columns).quantize(16) for images in frames]
+def write_gif(path, pictures, durations):
+    """Write an animation of PIL images. durations: how long each is shown, in ms."""
+    first, *others = [picture.quantize(16) for picture in pictures]
     with replacing(path) as file:
         first.save(file, format="gif", save_all=True, append_images=others, loop=0,
-                   duration=[120] * len(others) + [3000])  # ms
+                   duration=durations)
 
 
 def write_npz(path, images, labels):
@@ -220,9 +213,10 @@ def load_checkpoint(path, device="cpu"):
     """
     with explain_read_errors(path, "it must be a diffusion_epoch_{N}.pth of this src/train.py"):
         checkpoint = load_tensors(path)
-        config = checkpoint["config"]
-        refuse_other_predictions(config)
-        model = SimpleUnet(**{name: config[name] for name in config if name != "predicts"})
+        config = dict(checkpoint["config"])
+        if config.pop("predicts", None) != "v":
+            raise ValueError("its network predicts the noise, as in earlier versions")
+        model = SimpleUnet(**config)
         model.load_state_dict(checkpoint["model_state_dict"])
         checkpoint["epoch"] = int(checkpoint["epoch"])  # it becomes part of a file's name
     model.to(device, memory_format=torch.channels_last)
@@ -314,7 +308,9 @@ def write_digits(path, model, n_samples, labels, seed, **settings):
     frames = sample(model, chosen, seed=seed, n_frames=50 if path.suffix == ".gif" else 1,
                     **settings)
     if path.suffix == ".gif":
-        write_gif(path, frames, count_columns(n_samples, labels))
+        columns = count_columns(n_samples, labels)
+        write_gif(path, [draw_grid(images, columns) for images in frames],
+                  [120] * (len(frames) - 1) + [3000])
     else:
         write_npz(path, frames[-1], chosen)
 

@@ -59,7 +59,7 @@ class Muon:
             torch.cuda.current_stream().wait_stream(stream)
 
     def move(self, stack, buffer):
-        """Move the kernels of one stack. buffer (N, out, in * k * k): the average gradient."""
+        """Move the kernels of one stack. buffer (N, out, in * k * k): the momentum."""
         gradients = torch.stack([kernel.grad.flatten(1) for kernel in stack])
         buffer.lerp_(gradients, 1 - self.momentum)
         nesterov = gradients.lerp(buffer, self.momentum)  # as if the next gradient were the same

@@ -25,9 +25,9 @@ from common import (REPOSITORY, UserError, add_flag, bounded, explain_read_error
                     has_bf16, label_log_axis, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
-                      load_checkpoint, sample, spread_labels)
-from train import (NULL_LABEL, cumulative_alphas, forward_diffusion_sample, load_mnist,
-                   signal_and_noise, x_0_from_v)
+                      load_checkpoint, sample)
+from train import (NULL_LABEL, alpha_and_sigma, cumulative_alphas, forward_diffusion_sample,
+                   load_mnist, x_0_from_v)
 
 CLASSIFIER = REPOSITORY / "checkpoints/classifier.pth"
 EVAL_BATCH = 1000  # images that are evaluated together
@@ -111,7 +111,7 @@ def mnist_pixels(images):
 
 
 def classify(classifier, pixels):
-    """Return the features (N, 128) of pixels (N, 784), and its predicted labels (N,)."""
+    """Return the features (N, 128) of pixels (N, 784), and the labels (N,) it predicts."""
     parts = [part.view(-1, 1, 28, 28) for part in pixels.split(EVAL_BATCH)]
     features = torch.cat([classifier.features(part) for part in parts])
     return features, classifier.head(features).argmax(dim=1)
@@ -185,7 +185,7 @@ def noise_mse(model, images, labels, batch_size=256):
     total = 0.0
     for images_b, t_b, noise_b, labels_b in zip(*batches, strict=True):
         x_0 = images_b / 127.5 - 1
-        alpha_t, sigma_t = signal_and_noise(t_b, alphas_cumprod)
+        alpha_t, sigma_t = alpha_and_sigma(t_b, alphas_cumprod)
         x_t = forward_diffusion_sample(x_0, noise_b, alpha_t, sigma_t)
         predicted = x_0_from_v(model(x_t, t_b, labels_b), x_t, alpha_t, sigma_t).clamp(-1, 1)
         errors = (alpha_t / sigma_t * (predicted - x_0)).square().mean(dim=(1, 2, 3))
@@ -198,7 +198,7 @@ def noise_mse(model, images, labels, batch_size=256):
 def judging():
     """Compute without gradients, and in float32 without TF32, so that machines agree.
 
-    Only sampling is in bfloat16 where it can be, as everywhere: it turns that on by itself.
+    Sampling alone uses bfloat16, where the device has it: it switches autocast on itself.
     """
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
@@ -207,9 +207,9 @@ def judging():
 class Judge:
     """Compares digits with MNIST's test images, and looks for copies of its training images.
 
-    train, test: (images, labels) as load_mnist returns them, in the form of the digits. A copy is
-    closer to a training image than 99 % of test digits of its class are. Each class has its own
-    threshold, because ones lie much closer to each other than eights.
+    train, test: (images, labels) as load_mnist returns them, in the digits' size and channels. A
+    copy is closer to a training image than 99 % of test digits of its class are. Each class has its
+    own threshold, because ones lie much closer to each other than eights.
     """
 
     def __init__(self, classifier, train, test):
@@ -252,9 +252,15 @@ class Judge:
 
 
 def make_judge(image_size, channels, device):
-    """Return the Judge of digits of this form."""
+    """Return the Judge of digits of this size and number of channels."""
     train, test = (load_mnist(part, image_size, channels, device) for part in ("train", "test"))
     return Judge(load_classifier(device), train, test)
+
+
+def spread_labels(labels, n_samples):
+    """Return n_samples labels, in order, in the proportions of the labels given."""
+    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
+    return labels.sort().values[places]
 
 
 def pick_images(images, labels, wanted):
@@ -347,7 +353,7 @@ def write_results(datas, real, evaluations, **conditions):
 def evaluate_checkpoints(args, device):
     """Evaluate the checkpoints that the flags ask for; print and write the results as they come.
 
-    They replace those of an earlier evaluation under the same root.
+    metrics.csv and metrics.png replace those of an earlier evaluation under the same root.
     """
     models = load_models(args, device)
     last_path, last_model, last_epoch = models[-1]
@@ -459,14 +465,14 @@ def evaluate_digits(path, device):
 
 # ---- command line ----
 def make_classifier(device, seed):
-    """Train the classifier, write it to its place beside src and print its test accuracy."""
+    """Train the classifier, write it to CLASSIFIER and print its test accuracy."""
     prepare_folder(CLASSIFIER.parent)
     classifier = train_classifier(*load_mnist("train", device=device), seed)
     save_tensors(CLASSIFIER, classifier.state_dict())
     images, labels = load_mnist("test", device=device)
     with judging():
         _, digits = classify(classifier, mnist_pixels(images))
-    print(f"{CLASSIFIER}: reads {share(digits == labels):.2%} of the test images right")
+    print(f"{CLASSIFIER}: test accuracy {share(digits == labels):.2%}")
 
 
 def evaluation_parser():

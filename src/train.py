@@ -61,14 +61,14 @@ class Settings:
     t_mean: float = setting(-0.8, "mean of logit(t / T) in training", type=bounded(float, -9, 9))
     t_std: float = setting(1.0, "standard deviation of logit(t / T)", type=bounded(float, 0.001))
 
-    # Between the plain squared error of v (0) and that of the noise, DDPM's loss (2).
+    # 0 makes it the plain squared error of v, 2 that of the noise, which is DDPM's loss.
     loss_power: float = setting(1.0, "squared errors of v are weighted by alpha_t to this power",
                                 type=bounded(float, -9, 9))
 
     # Sampling clips images to [-1, 1]. So where the target is black or white, overshooting costs
     # nothing.
-    clamp: float = setting(1.0, "errors where prediction and target lie beyond the same +-clamp "
-                           "are ignored; inf: none are",
+    clamp: float = setting(1.0, "no error where prediction and target are both above clamp or "
+                           "both below -clamp",
                            type=bounded(float, 1, math.inf))
 
     # The network learns the null label, too, for guidance.
@@ -138,7 +138,7 @@ def cumulative_alphas(time_steps):
     return (1 - linear_beta_schedule(time_steps)).cumprod(0)
 
 
-def signal_and_noise(t, alphas_cumprod):
+def alpha_and_sigma(t, alphas_cumprod):
     """Return alpha_t and sigma_t, (B, 1, 1, 1) in float32: the coefficients of x_0 and noise.
 
     t: (B,) int64 in [0, T - 1]; alphas_cumprod: (T,) float64.
@@ -155,7 +155,7 @@ def forward_diffusion_sample(x_0, noise, alpha_t, sigma_t):
 def x_0_from_v(v, x_t, alpha_t, sigma_t):
     """Return the clean image that v = alpha_t noise - sigma_t x_0 implies (Salimans, Ho 2022).
 
-    alpha_t, sigma_t: as signal_and_noise returns them, or floats. Sampling clips the result to
+    alpha_t, sigma_t: as alpha_and_sigma returns them, or floats. Sampling clips the result to
     [-1, 1].
     """
     return alpha_t * x_t - sigma_t * v
@@ -180,10 +180,10 @@ def convolution(c_in, c_out, **options):
 
 
 class ResBlock(nn.Module):
-    """(B, c_in, H, W), (B, 2 c_out, 1, 1) -> (B, c_out, H, W): two convolutions beside a skip.
+    """(B, c_in, H, W), (B, 2 c_out, 1, 1) -> (B, c_out, H, W): two convolutions and a shortcut.
 
-    Between them every channel is scaled and shifted, which is how t and the label reach the block.
-    The second starts from zero, so that a new block is its skip.
+    Between them is adaptive group normalization, by which t and the label reach the block. The
+    second convolution starts from zero, so that a new block is its shortcut.
     """
 
     def __init__(self, c_in, c_out):
@@ -205,7 +205,7 @@ class SimpleUnet(nn.Module):
 
     Squares of 2 x 2 pixels enter as channels (space to depth), which cuts the cost of the first
     layers to a quarter. The network works at half and at quarter resolution; image_size is a
-    multiple of 4. Skip connections carry fine detail from the way down to the way up.
+    multiple of 4. Skip connections carry fine detail from the encoder to the decoder.
     """
 
     def __init__(self, image_size=28, channels=1, time_steps=1000, widths=(32, 64)):
@@ -249,7 +249,7 @@ class SimpleUnet(nn.Module):
         return self.scale_shifts(emb)[:, :, None, None].split(self.sizes, dim=1)
 
     def encode(self, x_t, scale_shifts):
-        """Return the bottleneck (B, quarter, H/4, W/4), and what the way up needs besides."""
+        """Return the bottleneck (B, quarter, H/4, W/4) and the tensors of the skip connections."""
         s1, s2, s3, s4, *_ = scale_shifts
         x = F.pixel_unshuffle(x_t, 2).to(memory_format=torch.channels_last)
         h1 = self.conv_in(x)  # (B, half, H/2, W/2)
@@ -300,9 +300,9 @@ def guided_part(t, settings):
 
 
 def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
-    """Return the mean of alpha_t times the squared error of v, with two changes.
+    """Return the mean squared error of v, weighted by alpha_t^loss_power, with two changes.
 
-    Both are made to x_0: the error of v is that of the predicted x_0, divided by sigma_t.
+    Both concern x_0, so the error of v is computed as that of x_0, divided by sigma_t.
 
     x_0, noise: (B, C, H, W); t: (B,) int64, sorted and stratified, as draw_t returns it; labels:
     (B,) int64, 0..10; alphas_cumprod: (T,) float64.
@@ -315,7 +315,7 @@ def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
        network learns to guide itself (model guidance, Tang et al. 2025, eq. 18). At larger t that
        would make digits alike (Kynkaanniemi et al. 2024).
     """
-    alpha_t, sigma_t = signal_and_noise(t, alphas_cumprod)
+    alpha_t, sigma_t = alpha_and_sigma(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     target = x_0.clone()
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
@@ -384,10 +384,10 @@ class State:
 
     def state_dict(self):
         """Return all that load_state_dict needs to go on, as plain types and tensors."""
-        return dict(settings=dataclasses.asdict(self.settings), predicts="v",
-                    model=self.model.state_dict(), ema=self.ema.state_dict(),
-                    muon=self.muon.buffers, adam=self.adam.state_dict(), step=self.steps_taken,
-                    total_loss=self.total_loss, seconds=self.seconds, log=self.log)
+        return dict(settings=dataclasses.asdict(self.settings), model=self.model.state_dict(),
+                    ema=self.ema.state_dict(), muon=self.muon.buffers, adam=self.adam.state_dict(),
+                    step=self.steps_taken, total_loss=self.total_loss, seconds=self.seconds,
+                    log=self.log)
 
     def load_state_dict(self, saved):
         """Go on from what state_dict returned, for the same settings."""
@@ -533,22 +533,19 @@ def save_state(state, root):
         plot_losses(root / "datas/train_log.png", state.log)
 
 
-def refuse_other_predictions(content):
-    """Raise ValueError unless the content of a file says that its network predicts v."""
-    if content.get("predicts") != "v":
-        raise ValueError("its network predicts the noise, as in earlier versions")
-
-
 def load_state(root, device):
     """Return the State that save_state wrote.
 
     Raises UserError where it is missing, damaged or of an earlier version.
     """
-    with explain_read_errors(root / LATEST, "remove it if it is there, and start a run without "
-                             "--resume, or choose another --root"):
-        saved = load_tensors(root / LATEST)
-        refuse_other_predictions(saved)
-        state = State(Settings(**saved["settings"]), device)
+    path = root / LATEST
+    advice = ("remove it if it is there, and start a run without --resume, or choose another "
+              "--root")
+    with explain_read_errors(path, advice):
+        saved = load_tensors(path)
+        settings = Settings(**saved["settings"])
+    state = State(settings, device)  # outside: a lack of memory is no fault of the file
+    with explain_read_errors(path, advice):
         state.load_state_dict(saved)
     return state
 
@@ -575,9 +572,10 @@ def epoch_batches(settings, epoch, n_images, device):
 
 
 def end_epoch(state, steps, start):
-    """Log the finished epoch, which had so many steps, and reset its sums.
+    """Log the finished epoch and reset its sums.
 
-    start: when it began, by time.perf_counter, less what it took before a resume.
+    steps: how many it had; start: time.perf_counter() when it began, earlier by the seconds that it
+    took before a resume.
     """
     loss = state.total_loss.item() / steps  # waits for a GPU to end the epoch's last steps
     seconds = time.perf_counter() - start
@@ -625,7 +623,10 @@ def train(state, images, labels, root, signals):
 
 # ---- command line ----
 def training_parser():
-    """Return a parser with a flag for each of Settings' fields, absent where it is not given."""
+    """Return a parser with a flag for each field of Settings.
+
+    A flag that is not given is absent from the arguments.
+    """
     parser = make_parser(__doc__)
     for field in dataclasses.fields(Settings):
         options = dict(field.metadata)

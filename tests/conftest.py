@@ -94,7 +94,7 @@ def saved_state(root):
     """Return the numbers in latest.pth, but for times."""
     state = torch.load(root / train.LATEST, weights_only=True)
     state["log"] = [(row["epoch"], row["loss"]) for row in state["log"]]
-    del state["seconds"], state["predicts"]
+    del state["seconds"]
     return state
 
 

@@ -165,13 +165,6 @@ def test_a_checkpoint_of_an_earlier_version(main, small_model, tmp_path, capsys)
     assert str(path) in message and "earlier versions" in message
 
 
-def test_a_state_of_an_earlier_version(stopped, capsys):
-    path = stopped / train.LATEST
-    torch.save(torch.load(path, weights_only=True) | {"predicts": None}, path)
-    message = error_of(train.main, ["--root", str(stopped), "--resume"], capsys)
-    assert str(path) in message and "earlier versions" in message
-
-
 def test_no_weights_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "REPOSITORY", tmp_path)
     assert "pretrained.pth" in error_of(generate.main, ["--root", str(tmp_path)], capsys)

@@ -62,7 +62,7 @@ def test_classifier_is_remade_by_one_command(classifier, monkeypatch, tmp_path, 
     monkeypatch.setattr(test, "train_classifier", lambda images, labels, seed: classifier)
     monkeypatch.setattr(test, "CLASSIFIER", tmp_path / "checkpoints/classifier.pth")
     test.main(["--train_classifier", "--device", "cpu"])
-    accuracy = re.search(r"reads (.*)% of the test images right", capsys.readouterr().out)[1]
+    accuracy = re.search(r"test accuracy (.*)%", capsys.readouterr().out)[1]
     assert float(accuracy) >= 99.5
     remade = test.load_classifier(CPU)
     for p, q in zip(remade.parameters(), classifier.parameters(), strict=True):
@@ -296,8 +296,8 @@ def test_mse_does_not_depend_on_the_batch_size(small_model, mnist):
 # ---- labels ----
 def test_labels_have_the_proportions_of_the_test_set(mnist):
     labels = mnist["test"][1]
-    assert generate.spread_labels(labels, 10000).equal(labels.sort().values)
-    counts = generate.spread_labels(labels, 2000).bincount()
+    assert test.spread_labels(labels, 10000).equal(labels.sort().values)
+    counts = test.spread_labels(labels, 2000).bincount()
     assert counts.sum() == 2000 and (counts - labels.bincount() / 5).abs().max() < 1
 
 
@@ -458,11 +458,11 @@ def evaluate_digits(path, capsys):
 def test_as_many_digits_are_taken_as_fit_the_proportions(mnist):
     real = mnist["test"][1]
     wanted = test.fitting_labels(torch.arange(3000) % 10, real)
-    assert wanted.equal(generate.spread_labels(real, len(wanted)))
+    assert wanted.equal(test.spread_labels(real, len(wanted)))
     assert wanted.bincount().max() == 300  # these are ones, as 1,135 of 10,000 test images are
-    assert generate.spread_labels(real, len(wanted) + 1).bincount().max() == 301
+    assert test.spread_labels(real, len(wanted) + 1).bincount().max() == 301
     for n in range(2000, 2400):
-        assert len(test.fitting_labels(generate.spread_labels(real, n), real)) == n
+        assert len(test.fitting_labels(test.spread_labels(real, n), real)) == n
     assert len(test.fitting_labels(torch.full((5000,), 7), real)) < 10
 
 
@@ -492,7 +492,7 @@ def test_generated_digits_have_the_same_scores_from_a_file(tmp_path, small_model
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_1.pth", small_model, 1)
     flags = ["--root", str(tmp_path), "--n_samples", "2000", "--device", "cpu"]
     test.main(flags)
-    labels = generate.spread_labels(mnist["test"][1][:500], 2000)
+    labels = test.spread_labels(mnist["test"][1][:500], 2000)
     generate.main([*flags, "--checkpoint_path", str(path), "--labels", *map(str, labels.tolist()),
                    "--out", str(tmp_path / "digits.npz")])
     capsys.readouterr()

@@ -43,7 +43,7 @@ def test_schedule_ends_in_noise_for_every_t(time_steps):
 def test_forward_process_is_that_of_ddpm():
     reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
-    alpha_t, sigma_t = train.signal_and_noise(t, train.cumulative_alphas(1000))
+    alpha_t, sigma_t = train.alpha_and_sigma(t, train.cumulative_alphas(1000))
     x_t = train.forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     assert x_t.dtype == torch.float32
     torch.testing.assert_close(x_t, reference.add_noise(x_0, noise, t), rtol=1e-4, atol=1e-5)
@@ -114,7 +114,7 @@ def test_t_is_spread_evenly_over_a_logit_normal_distribution(batch_size, time_st
 def test_v_implies_the_clean_image():
     scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     x_0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.arange(8) * 142
-    levels = train.signal_and_noise(t, train.cumulative_alphas(1000))
+    levels = train.alpha_and_sigma(t, train.cumulative_alphas(1000))
     v = scheduler.get_velocity(x_0, noise, t)
     x_t = train.forward_diffusion_sample(x_0, noise, *levels)
     torch.testing.assert_close(train.x_0_from_v(v, x_t, *levels), x_0, rtol=1e-4, atol=1e-4)
