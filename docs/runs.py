@@ -245,7 +245,8 @@ RUNS = [Run("A", (2, 4, 8, 16)), Run("C", (2, 4, 8, 16)),
         *(Run("recipe", (epochs,)) for epochs in (1, 2, 4, 8, 16)),
         Run("no_guidance", (8,)),
         *(Run(name, (2,)) for name in ABLATIONS if name != "recipe")]
-TRIAL_RUNS = [Run(name, (2,)) for name in ("recipe", *TRIALS)]
+TRIAL_RUNS = [*(Run(name, (2,)) for name in ("recipe", *TRIALS)),
+              *(Run(name, (8,)) for name in ("recipe", "guided_longer_0.45"))]
 
 
 def load_parts(device, trials=False):
