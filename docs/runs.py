@@ -305,8 +305,8 @@ def rows_of(rows, name, epoch):
 
 def new_row(training, scores, here, epochs="", seed="", seconds=""):
     """Return a row of runs.csv; here: what conditions returns."""
-    return dict(training=training, batch_size=BATCH_SIZE, epochs=epochs, seed=seed,
-                seconds=seconds, **{metric: scores[metric] for metric in METRICS}, **here)
+    return dict(training=training, epochs=epochs, seed=seed, seconds=seconds,
+                **{metric: scores[metric] for metric in METRICS}, **here)
 
 
 def append_rows(path, rows):
