@@ -57,7 +57,7 @@ def mnist():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=6, help="in test_kills_at_any_moment")
+    parser.addoption("--kills", type=int, default=4, help="in test_kills_at_any_moment")
 
 
 def use_small_mnist(monkeypatch):

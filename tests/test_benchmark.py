@@ -43,6 +43,7 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
     monkeypatch.setattr(benchmark, "train_classifier", classifier)
     monkeypatch.setattr(benchmark, "CHUNK_SIZE", 2)
     monkeypatch.setattr(benchmark, "told_apart", lambda generated, real, seed: 0.5)
+    monkeypatch.setattr(benchmark, "train_ablation", lambda name, *_: iter([{name: small_model}]))
     path = write_checkpoint(tmp_path / "small.pth", small_model, 1)
     settings = dict(checkpoint_path=path, n_samples=20, seeds=1, steps=[2])
     table = benchmark.MEASURED_NOW[what]

@@ -158,15 +158,17 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
     assert found == [(1, 10), (3, 30)]
 
 
-def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_mnist, monkeypatch):
-    path, networks, begun = tmp_path / "runs.csv", runs.networks, []
+def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_model, small_mnist,
+                                                       monkeypatch):
+    path, begun = tmp_path / "runs.csv", []
     monkeypatch.setattr(runs, "N_SAMPLES", 20)
     monkeypatch.setattr(runs, "RUNS", [runs.Run("recipe", (1,)), runs.Run("A", (1, 2))])
 
     def stopped(run, seed, *data):
         begun.append((run.name, seed))
-        for network in networks(run, seed, *data):
-            yield network
+        for epoch in run.epochs:
+            names = ["A", "B"] if run.name == "A" else [run.name]
+            yield epoch, dict.fromkeys(names, small_model), 1
             if begun == [("recipe", 0), ("A", 0)]:
                 raise KeyboardInterrupt
 
