@@ -11,7 +11,7 @@ share the work if each has seeds of its own. "python docs/benchmark.py time", "r
 print the means.
 
 Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
-is docs/tables/trials.csv. So the test images judge the recipe, but do not choose it.
+is docs/tables/trials.csv. So the test images judge new choices, but do not make them.
 """
 import argparse
 import copy

@@ -418,7 +418,8 @@ def test_test_as_a_user_runs_it(trained):
 
 
 def test_other_forms_are_evaluated(tmp_path, small_mnist, monkeypatch):
-    noise = torch.randint(256, (1, 2000, 3, 32, 32), dtype=torch.uint8)
+    rng = generator(CPU, "samples", 0)
+    noise = torch.randint(256, (1, 2000, 3, 32, 32), generator=rng, dtype=torch.uint8)
     monkeypatch.setattr(test, "sample", lambda model, labels, seed: noise)
     path = write_checkpoint(tmp_path / "x.pth", train.SimpleUnet(32, 3, 100, (8, 16)), 7)
     flags = "--n_samples 2000 --image_size 32 --channels 3 --time_steps 100 --device cpu".split()
