@@ -203,7 +203,7 @@ def make_parser(description):
 
 
 def refuse_contradictions(args, config, path):
-    """Raise UserError for a flag that says otherwise than the config of the file at path."""
+    """Raise UserError for a flag that differs from the config of the file at path."""
     for name, value in config.items():
         given = getattr(args, name, None)
         if given not in (None, value):

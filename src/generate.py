@@ -52,7 +52,7 @@ def draw_next(x_t, x_0, level, next_level, rng, eta):
 
 
 def ddim(predict_x_0, x_t, levels, rng, eta):
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12): a Sampler's function.
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12).
 
     eta = 1, in all T steps: DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
     eta = 0: the solver of an ODE, without fresh noise.
@@ -65,8 +65,8 @@ def ddim(predict_x_0, x_t, levels, rng, eta):
 def dpm(predict_x_0, x_t, levels, rng, eta):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of second order; eta = 1: its SDE variant.
 
-    A Sampler's function. The clean image is extrapolated from the last two predictions to the
-    step's middle, linearly in lambda_t = log(alpha_t / sigma_t).
+    The clean image is extrapolated from the last two predictions to the step's middle, linearly in
+    lambda_t = log(alpha_t / sigma_t).
     """
     x_0_last = lambda_last = None
     for level, next_level in itertools.pairwise(levels):
@@ -142,7 +142,8 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     and the last chunk is filled up to the full size. predictor: for a model that does not predict
     v. Raises UserError for more steps than T.
     """
-    device, config = next(model.parameters()).device, model.config
+    device = next(model.parameters()).device
+    config = model.config
     chosen = SAMPLERS[sampler]
     steps = steps or min(chosen.steps or config["time_steps"], config["time_steps"])
     if steps > config["time_steps"]:
@@ -184,7 +185,7 @@ def draw_grid(images, columns):
 
 
 def count_columns(n_samples, labels):
-    """Return a grid's columns: one for each label, or those of a square if there are not two."""
+    """Return a grid's columns: one for each label, or those of a square for fewer than two."""
     if labels is None or len(labels) < 2:
         return math.ceil(math.sqrt(n_samples))
     return len(labels)
@@ -211,7 +212,8 @@ def load_checkpoint(path, device="cpu"):
 
     Raises UserError where the file is missing, damaged or of an earlier version.
     """
-    with explain_read_errors(path, "it must be a diffusion_epoch_{N}.pth of this src/train.py"):
+    with explain_read_errors(path, "it must be a diffusion_epoch_{N}.pth that this src/train.py "
+                             "has written"):
         checkpoint = load_tensors(path)
         config = dict(checkpoint["config"])
         if config.pop("predicts", None) != "v":
@@ -230,7 +232,8 @@ def find_checkpoints(root, epochs, checkpoint_path=None):
     """
     if checkpoint_path:
         return [checkpoint_path]
-    found, folder = epoch_checkpoints(root), root / "checkpoints"
+    folder = root / "checkpoints"
+    found = epoch_checkpoints(root)
     if not found:
         pretrained = REPOSITORY / "checkpoints/pretrained.pth"
         print(f"no checkpoint in {folder}: using the released {pretrained}")
@@ -274,7 +277,7 @@ def add_checkpoint_flags(parser):
     group = parser.add_mutually_exclusive_group()
     add_flag(group, "epochs", "take the checkpoints up to this epoch", 1000, type=bounded(int, 1))
     add_flag(group, "checkpoint_path", "take this checkpoint alone", type=Path)
-    add_flag(parser, "channels", "fail unless the checkpoint has so many channels", type=int)
+    add_flag(parser, "channels", "fail unless the checkpoint has this many channels", type=int)
 
 
 def generation_parser():
@@ -324,7 +327,9 @@ def main(argv=None):
                 ("n_samples", "labels", "seed", "sampler", "steps", "guidance", "eta")}
     folder = args.root / "generated_samples"
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
-    for path in paths[-1:] if args.out else paths:
+    if args.out:
+        paths = paths[-1:]
+    for path in paths:
         model, checkpoint = load_checkpoint(path, args.device)
         refuse_contradictions(args, model.config, path)
         if args.out:

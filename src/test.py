@@ -2,7 +2,7 @@
 
     python src/test.py                      every checkpoint: a table, datas/metrics.csv, pictures
     python src/test.py --digits FILE.npz    digits from anywhere, by the same judge
-    python src/test.py --train_classifier   make the judge, checkpoints/classifier.pth, anew
+    python src/test.py --train_classifier   train the judge, checkpoints/classifier.pth, again
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
@@ -70,7 +70,8 @@ def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, exact=Fa
     seen as they are, in float32, so that the finest grey levels count.
     """
     torch.manual_seed(seed)
-    device, steps = images.device, len(images) // batch_size
+    device = images.device
+    steps = len(images) // batch_size
     classifier = Classifier().to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, total_steps=epochs * steps)
@@ -95,7 +96,7 @@ def load_classifier(device):
     """Return the Classifier, ready to predict. Raises UserError where it is missing or damaged."""
     classifier = Classifier()
     with explain_read_errors(CLASSIFIER,
-                             "make it anew by 'python src/test.py --train_classifier'"):
+                             "make it again by 'python src/test.py --train_classifier'"):
         classifier.load_state_dict(load_tensors(CLASSIFIER))
     return classifier.to(device).eval().requires_grad_(False)
 
@@ -487,13 +488,14 @@ def evaluation_parser():
     add_flag(parser, "time_steps", "fail unless the checkpoint has this T", type=int)
     add_flag(parser, "n_samples", "digits to generate", 10_000,
              type=bounded(int, 2000, MAX_DIGITS))
-    add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
+    add_flag(parser, "seed", "seed of the digits or, with --train_classifier, of its training", 0,
+             type=bounded(int, 0))
     add_flag(parser, "seeds", "sets of digits to generate, with seeds from --seed on", 1,
              type=bounded(int, 1, 100))
     add_flag(parser, "digits", "evaluate the digits in this .npz file, as generate.py --out writes "
              "them, instead of checkpoints", type=Path)
     parser.add_argument("--train_classifier", action="store_true",
-                        help="make checkpoints/classifier.pth anew, and end")
+                        help="train checkpoints/classifier.pth again, and end")
     return parser
 
 

@@ -67,15 +67,16 @@ class Settings:
 
     # Sampling clips images to [-1, 1]. So where the target is black or white, overshooting costs
     # nothing.
-    clamp: float = setting(1.0, "no error where prediction and target are both above clamp or "
-                           "both below -clamp",
+    clamp: float = setting(1.0, "no error where prediction and target are both at least clamp "
+                           "or both at most -clamp",
                            type=bounded(float, 1, math.inf))
 
     # The network learns the null label, too, for guidance.
     label_dropout: float = setting(0.05, "share of labels replaced by the null label",
                                    type=bounded(float, 0, 1))
 
-    # In this interval the network learns to guide itself. At larger t that would make digits alike.
+    # For t / T from guided_min to guided_max the network learns its own guided prediction. At
+    # larger t that would make digits alike.
     model_guidance: float = setting(0.6, "w of model guidance in training; 0: none",
                                     type=bounded(float, 0, 0.95))
     guided_min: float = setting(0.19, "model guidance begins at this t / T",
@@ -155,8 +156,7 @@ def forward_diffusion_sample(x_0, noise, alpha_t, sigma_t):
 def x_0_from_v(v, x_t, alpha_t, sigma_t):
     """Return the clean image that v = alpha_t noise - sigma_t x_0 implies (Salimans, Ho 2022).
 
-    alpha_t, sigma_t: as alpha_and_sigma returns them, or floats. Sampling clips the result to
-    [-1, 1].
+    alpha_t, sigma_t: as alpha_and_sigma returns them, or floats.
     """
     return alpha_t * x_t - sigma_t * v
 
@@ -278,8 +278,8 @@ def draw_t(batch_size, settings, rng):
     They are stratified: the i-th t comes from the i-th of B equiprobable strata, so that no batch
     has too many large or small t, and the losses of batches differ less.
     """
-    part = torch.arange(batch_size, device=rng.device)
-    u = (part + torch.rand(batch_size, generator=rng, device=rng.device)) / batch_size
+    stratum = torch.arange(batch_size, device=rng.device)
+    u = (stratum + torch.rand(batch_size, generator=rng, device=rng.device)) / batch_size
     t = (settings.t_mean + settings.t_std * torch.special.ndtri(u)).sigmoid() * settings.time_steps
     return t.long().clamp(max=settings.time_steps - 1)
 
@@ -302,18 +302,15 @@ def guided_part(t, settings):
 def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
     """Return the mean squared error of v, weighted by alpha_t^loss_power, with two changes.
 
+    1. Where the target is black, a prediction darker than black is no error, and likewise for
+       white (see Settings.clamp).
+    2. In the guided interval the target is not x_0 but x_0 + w (x_label - x_null): model guidance
+       (Tang et al. 2025, eq. 18; in an interval: Kynkaanniemi et al. 2024).
+
     Both concern x_0, so the error of v is computed as that of x_0, divided by sigma_t.
 
     x_0, noise: (B, C, H, W); t: (B,) int64, sorted and stratified, as draw_t returns it; labels:
     (B,) int64, 0..10; alphas_cumprod: (T,) float64.
-
-    1. Where the target is black, a prediction darker than black is no error, and likewise for
-       white (see Settings.clamp). Most pixels are black, and the network need not hit black, only
-       pass it.
-
-    2. In the guided interval the target is not x_0 but x_0 + w (x_label - x_null), so that the
-       network learns to guide itself (model guidance, Tang et al. 2025, eq. 18). At larger t that
-       would make digits alike (Kynkaanniemi et al. 2024).
     """
     alpha_t, sigma_t = alpha_and_sigma(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
@@ -395,10 +392,9 @@ class State:
         self.ema.load_state_dict(saved["ema"])
         rate = self.adam.param_groups[0]["lr"]
         self.adam.load_state_dict(saved["adam"])
-        self.adam.param_groups[0]["lr"] = rate  # the tensor that set_rates fills and a graph reads
+        self.adam.param_groups[0]["lr"] = rate  # on the device, where a graph reads it
         for buffer, values in zip(self.muon.buffers, saved["muon"], strict=True):
             buffer.copy_(values)
-        self.replay = None  # a graph would go on moving Adam's old moments
         self.total_loss.copy_(saved["total_loss"])
         self.steps_taken, self.seconds = saved["step"], saved["seconds"]
         self.log = saved["log"]
@@ -416,7 +412,8 @@ def average_over_processes(tensors, processes):
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, for all weights; decay: a tensor ()."""
-    averages, weights = list(ema.parameters()), list(model.parameters())
+    averages = list(ema.parameters())
+    weights = list(model.parameters())
     torch._foreach_mul_(averages, decay)
     torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - decay))
 
@@ -440,7 +437,8 @@ def training_step(state, images, labels):
                          state.alphas_cumprod, settings)
     state.model.zero_grad()
     loss.backward()
-    loss, weights = loss.detach(), list(state.model.parameters())
+    loss = loss.detach()
+    weights = list(state.model.parameters())
     if state.processes > 1:
         average_over_processes([loss, *(p.grad for p in weights)], state.processes)
     nn.utils.clip_grad_norm_(weights, settings.max_norm)
@@ -518,10 +516,9 @@ def check_finite(state):
 
     Checking the EMA is enough: it never recovers from a weight that is not finite.
     """
-    values = [state.total_loss, *state.ema.parameters()]
-    if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise UserError(f"training has diverged by step {state.steps_taken}: start anew with lower "
-                        "learning rates or another --seed, and another --root")
+    if not all(value.isfinite().all() for value in [state.total_loss, *state.ema.parameters()]):
+        raise UserError(f"training has diverged by step {state.steps_taken}: start again with "
+                        "lower learning rates or another --seed, and another --root")
 
 
 def save_state(state, root):
@@ -539,8 +536,7 @@ def load_state(root, device):
     Raises UserError where it is missing, damaged or of an earlier version.
     """
     path = root / LATEST
-    advice = ("remove it if it is there, and start a run without --resume, or choose another "
-              "--root")
+    advice = "start a run without --resume, or choose another --root"
     with explain_read_errors(path, advice):
         saved = load_tensors(path)
         settings = Settings(**saved["settings"])
@@ -590,7 +586,8 @@ def train(state, images, labels, root, signals):
 
     It saves the state and returns once the list signals is not empty.
     """
-    settings, writes = state.settings, state.rank == 0
+    settings = state.settings
+    writes = state.rank == 0
     steps = len(images) // settings.batch_size  # of an epoch
     total_steps = settings.n_epochs * steps
     last_save = -math.inf  # saves before the first step, so an unwritable root fails at once
@@ -632,7 +629,7 @@ def training_parser():
         options = dict(field.metadata)
         options["help"] += f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
-    parser.add_argument("--resume", action="store_true", help="go on with the run under --root; "
+    parser.add_argument("--resume", action="store_true", help="continue the run under --root; "
                         "n_epochs and save_every may be changed, and with n_epochs the learning "
                         "rates jump to where they would be in the longer run")
     return parser
@@ -640,12 +637,10 @@ def training_parser():
 
 def refuse_overwriting(root):
     """Raise UserError if there is a run under root: no second run replaces its files."""
-    latest = root / LATEST
-    if latest.exists():
-        raise UserError(f"{latest} is of an earlier run: go on with it by --resume, remove it, or "
-                        "choose another --root")
-    for path in epoch_checkpoints(root).values():
-        raise UserError(f"{path} is of an earlier run: remove it, or choose another --root")
+    for path in [root / LATEST, *epoch_checkpoints(root).values()]:
+        if path.exists():
+            raise UserError(f"{path} is of an earlier run: continue it with --resume, remove it, "
+                            "or choose another --root")
 
 
 def start_state(args, device):
@@ -721,7 +716,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     if len(state.log) < settings.n_epochs:
-        print(f"stopped in epoch {len(state.log) + 1}; go on by "
+        print(f"stopped in epoch {len(state.log) + 1}; continue with: "
               f"python src/train.py --root {args.root} --resume", file=sys.stderr)
         return 128 + signals[0]  # as shells say that a signal ended a process
 
