@@ -28,14 +28,13 @@ release: $(WEIGHTS)  # an hour or two: checkpoints/pretrained.pth, and all that 
 	cp $(RUN)/datas/metrics_closest_60.png datas/released_closest.png
 	$(PYTHON) docs/figures.py
 
-TABLES = training sampling released floors guidance samplers usefulness told_apart time recipe trials
+TABLES = training sampling released floors guidance samplers told_apart time recipe trials
 
 tables: runs $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
 
 runs: .venv/installed  # hours, too: docs/tables/runs.csv and trials.csv, for the last three tables
 	$(PYTHON) docs/runs.py
 	$(PYTHON) docs/runs.py trials
-	$(PYTHON) docs/runs.py race
 
 # docs/tables/training-avx2.md is the table "training" of another machine than training.md.
 docs/tables/%.md: .venv/installed always

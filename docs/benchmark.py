@@ -3,9 +3,8 @@
     python docs/benchmark.py training    images a second, beside plain DDPM: minutes
     python docs/benchmark.py sampling    digits a second: minutes
     python docs/benchmark.py floors      distances among real digits: a minute
-    python docs/benchmark.py guidance    digits at several strengths of guidance: a quarter hour
-    python docs/benchmark.py samplers    distance and time of every sampler: an hour
-    python docs/benchmark.py usefulness  a classifier trained on generated digits: half an hour
+    python docs/benchmark.py guidance    digits at several guidance scales: a quarter hour
+    python docs/benchmark.py samplers    Frechet distance of every sampler: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
     python docs/benchmark.py released    metrics of the released run
     python docs/benchmark.py time        digits after so many epochs, and baselines'
@@ -196,11 +195,11 @@ def floor_table(device):
         print_row(name, f"{distance:.4f}")
 
 
-GUIDANCE = 0, 1, 1.25, 1.5, 2, 4
+GUIDANCE = 1, 1.5, 2, 4
 
 
 def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS):
-    """Print what digits are worth at several strengths of guidance."""
+    """Print what digits are worth at several guidance scales."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, real = make_scorer(device, n_samples)
     print(f"{n_samples:,} digits, {seeds} seeds.\n")
@@ -213,51 +212,21 @@ def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEE
 
 
 def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS,
-                  steps=(5, 12, 20, 50)):
-    """Print the Frechet distance, and the seconds for 1,000 digits, of every sampler."""
+                  steps=(5, 12, 50)):
+    """Print the Frechet distance of every sampler's digits."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, real = make_scorer(device, n_samples)
-    sample(model, labels[:CHUNK_SIZE])  # warm up
 
     def cell(sampler, n_steps):
-        distances, times = [], []
-        for seed in range(seeds):
-            start = time.perf_counter()
-            digits = sample(model, labels, sampler, n_steps, seed)[-1]
-            times.append((time.perf_counter() - start) * 1000 / n_samples)
-            distances.append(score(digits)["fid_classifier"])
-        return f"{with_deviation(distances, '.4f')}, {statistics.mean(times):.2f} s"
+        distances = [score(sample(model, labels, sampler, n_steps, seed)[-1])["fid_classifier"]
+                     for seed in range(seeds)]
+        return with_deviation(distances, ".4f")
 
-    print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds, and seconds for 1,000. As "
-          f"many training images have {real['fid_classifier']:.4f}.\n")
+    print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds. As many training images have "
+          f"{real['fid_classifier']:.4f}.\n")
     print_header("sampler", *(f"{n_steps} steps" for n_steps in steps))
     for name in SAMPLERS:
         print_row(name, *(cell(name, n_steps) for n_steps in steps))
-
-
-def usefulness_table(device, checkpoint_path=RELEASED, n_samples=50_000, seeds=SEEDS):
-    """Print the test accuracy of classifiers trained on generated digits.
-
-    Others are trained on as many real digits with the same labels. This is the classification
-    accuracy score (Ravuri, Vinyals 2019).
-    """
-    model, _ = load_checkpoint(checkpoint_path, device)
-    images, labels = train.load_mnist("train", device=device)
-    images, labels = images[:n_samples], labels[:n_samples]
-    test_images, test_labels = train.load_mnist("test", device=device)
-
-    def score(images, seed):
-        classifier = train_classifier(images, labels, seed)
-        with judging():
-            _, read = classify(classifier, mnist_pixels(test_images))
-        return share(read == test_labels)
-
-    print(f"Classifiers trained on {len(images):,} digits, {seeds} seeds.\n")
-    print_header("trained on", "test accuracy")
-    for name, digits in (("real digits", lambda seed: images),
-                         ("generated digits",
-                          lambda seed: sample(model, labels, seed=seed)[-1].to(device))):
-        print_row(name, with_deviation([score(digits(seed), seed) for seed in range(seeds)], ".2%"))
 
 
 # ---- told apart ----
@@ -334,23 +303,23 @@ def released_table():
                            for name, form in FORMATS.items()))
 
 
-# What is trained, and for how many epochs.
 OVER_TIME = {
-    "A: plain DDPM": [("A", epochs) for epochs in (2, 4, 8, 16)],
-    "B: A with EMA": [("B", epochs) for epochs in (2, 4, 8, 16)],
-    "C: B with the cosine schedule, without label dropout": [
-        ("C", epochs) for epochs in (2, 4, 8, 16)],
-    "D: C with a learning rate of 0.002 that decays": [("D", epochs) for epochs in (4, 8, 16)],
-    "the recipe": [("recipe", epochs) for epochs in (1, 2, 4, 8, 16)],
-    "the recipe without model guidance": [("no_guidance", epochs) for epochs in (2, 8)],
+    "A: plain DDPM": "A",
+    "B: A with EMA": "B",
+    "C: B with the cosine schedule, without label dropout": "C",
+    "D: C with a learning rate of 0.002 that decays": "D",
+    "the recipe": "recipe",
+    "the recipe without model guidance": "no_guidance",
 }
 
 
-def runs_table(shown, path=RUNS_FILE, timed=False):
-    """Print the metrics, and the times if wanted, of runs; shown: {what: [(name, epochs)]}."""
+def runs_table(names, epochs, path=RUNS_FILE, timed=False):
+    """Print the metrics, and the times if wanted, of the runs {what: name} after these epochs.
+
+    Those that the file lacks are left out.
+    """
     real, *rows = read_runs(path)
-    found = [(what, epochs, rows_of(rows, name, epochs))
-             for what, runs in shown.items() for name, epochs in runs]
+    found = [(what, n, rows_of(rows, name, n)) for what, name in names.items() for n in epochs]
     measured = [row for *_, of_run in found for row in of_run]
     machines = sorted({row["machine"] for row in measured}) if timed else []
     print_conditions(measured)
@@ -358,11 +327,11 @@ def runs_table(shown, path=RUNS_FILE, timed=False):
           "all runs.\n")
     print_header("training", "epochs", "seeds", *(f"seconds, {machine}" for machine in machines),
                  *QUALITY)
-    for what, epochs, of_run in found:
+    for what, n, of_run in found:
         if of_run:
             times = ([float(row["seconds"]) for row in of_run if row["machine"] == machine]
                      for machine in machines)
-            print_row(what, epochs, len(of_run),
+            print_row(what, n, len(of_run),
                       *(with_deviation(values, ".0f") if values else "" for values in times),
                       *quality_cells(of_run))
     print_row("real digits", "", "", *("" for _ in machines), *quality_cells([real]))
@@ -370,24 +339,24 @@ def runs_table(shown, path=RUNS_FILE, timed=False):
 
 def time_table():
     """Print what digits are worth after more and more epochs, and how long these took."""
-    runs_table(OVER_TIME, timed=True)
+    runs_table(OVER_TIME, (1, 2, 4, 8, 16), timed=True)
 
 
 def recipe_table():
     """Print what digits are worth without one choice of the recipe."""
-    runs_table({ablation.label: [(name, 2)] for name, ablation in ABLATIONS.items()})
+    runs_table({ablation.label: name for name, ablation in ABLATIONS.items()}, [2])
 
 
 def trials_table():
     """Print the trials of other choices for the recipe, validated on training images held out."""
     tried = {"recipe": ABLATIONS["recipe"]} | TRIALS
-    runs_table({trial.label: [(name, 2), (name, 8)] for name, trial in tried.items()}, TRIALS_FILE)
+    runs_table({trial.label: name for name, trial in tried.items()}, (2, 8), TRIALS_FILE)
 
 
 # ---- command line ----
 MEASURED_NOW = {"training": training_speed, "sampling": sampling_speed, "floors": floor_table,
                 "guidance": guidance_table, "samplers": sampler_table,
-                "usefulness": usefulness_table, "told_apart": told_apart_table}
+                "told_apart": told_apart_table}
 OF_RUNS = {"released": released_table, "time": time_table, "recipe": recipe_table,
            "trials": trials_table}
 

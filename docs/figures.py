@@ -1,4 +1,4 @@
-"""Draw the pages' pictures anew, by the released weights and docs/tables/runs.csv: a minute.
+"""Draw the pages' pictures, from the released weights and docs/tables/runs.csv: a minute.
 
     python docs/figures.py
 
@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train
-from benchmark import OVER_TIME
+from benchmark import GUIDANCE
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels, write_gif)
-from runs import RACE_FILE, read_runs, rows_of
+from runs import RACE_FILE, RACERS, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
@@ -74,13 +74,12 @@ def way_from_noise(model, steps=36):
 
 
 def guidance_rows(model, digit=3):
-    """Return ten digits of one kind at each of four strengths of guidance, from the same noise."""
+    """Return ten digits of one kind at several guidance scales, from the same noise."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    strengths = 0, 1, 2, 4
-    for axes, strength in zip(figure.subplots(len(strengths), 1), strengths, strict=True):
-        digits = sample(model, torch.full((10,), digit), guidance=strength)[-1]
+    for axes, scale in zip(figure.subplots(len(GUIDANCE), 1), GUIDANCE, strict=True):
+        digits = sample(model, torch.full((10,), digit), guidance=scale)[-1]
         axes.imshow(draw_grid(digits, 10))
-        axes.set_ylabel(f"s = {strength}", rotation=0, ha="right", va="center")
+        axes.set_ylabel(f"s = {scale}", rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
     return figure
 
@@ -129,23 +128,22 @@ COLORS = {"A": "tab:gray", "B": "tab:olive", "C": "tab:green", "D": "tab:orange"
 
 
 def curves():
-    """Return {name: (minutes, distances)}, means over the runs of each baseline and the recipe.
+    """Return {name: (epochs, minutes, distances)}: means over the runs of each baseline and ours.
 
-    The minutes are those of the machine that most runs were done on; what was not timed there is
-    left out.
+    They are those of the machine that most runs were done on.
     """
     _, *rows = read_runs()
     machine = statistics.mode(row["machine"] for row in rows)
+    rows = [row for row in rows if row["machine"] == machine]
     found = {}
-    for runs in OVER_TIME.values():
-        points = []
-        for run in runs:
-            timed = [row for row in rows_of(rows, *run) if row["machine"] == machine]
-            if timed:
-                points.append((statistics.mean(float(row["seconds"]) / 60 for row in timed),
-                               statistics.mean(row["fid_classifier"] for row in timed)))
-        found[runs[0][0]] = tuple(zip(*points, strict=True))
-    return {name: found[name] for name in COLORS}
+    for name in COLORS:
+        epochs = sorted({int(row["epochs"]) for row in rows if row["training"] == name})
+        runs = [rows_of(rows, name, n) for n in epochs]
+        minutes = [statistics.mean(float(row["seconds"]) for row in run) / 60 for run in runs]
+        distances = [statistics.mean(row["fid_classifier"] for row in run) for run in runs]
+        if runs:
+            found[name] = epochs, minutes, distances
+    return found
 
 
 def quality_over_time():
@@ -156,17 +154,17 @@ def quality_over_time():
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     measured = curves()
-    for name, (minutes, distances) in measured.items():
+    for name, (_, minutes, distances) in measured.items():
         axes.plot(minutes, distances, "o-", color=COLORS[name], lw=2)
         axes.annotate(name, (minutes[-1], distances[-1]), (8, 0), color=COLORS[name], size=14,
                       textcoords="offset points", weight="bold",
                       va={"B": "bottom", "D": "top"}.get(name, "center"))
-    end, goal = (values[-1] for values in measured["D"])
-    minutes, distances = np.log(measured["recipe"])
+    _, end, goal = (values[-1] for values in measured["D"])
+    _, minutes, distances = np.log(measured["recipe"])
     sooner = np.exp(np.interp(-np.log(goal), -distances, minutes))
     axes.annotate("", (sooner, goal), (end, goal), arrowprops=dict(arrowstyle="->", lw=1.5,
                   color=matplotlib.rcParams["text.color"]))
-    axes.annotate(f"{end / sooner:.1f}x faster", ((sooner * end) ** 0.5, goal), (0, -16),
+    axes.annotate(f"{end / sooner:.1f}x faster", ((sooner * end) ** 0.5, goal), (0, 6),
                   textcoords="offset points", ha="center", size=13)
     real, *_ = read_runs()
     axes.axhline(real["fid_classifier"], color="tab:gray", ls="--")
@@ -178,26 +176,34 @@ def quality_over_time():
     axes.tick_params(labelsize=12)
     label_log_axis(axes.xaxis)
     label_log_axis(axes.yaxis)
-    axes.margins(0.15, 0.1)
+    axes.margins(0.2, 0.1)
     return figure
 
 
-def race():
-    """Write race.gif and race.png: ten digits of baseline D and of the recipe, minute by minute."""
-    with np.load(RACE_FILE) as file:
-        minutes, digits = file["minutes"], {name: file[name] for name in ("D", "recipe")}
-    frames = []
-    for place, minute in enumerate(minutes):
-        figure = Figure(figsize=(8, 2.1), layout="constrained")
-        rows = figure.subplots(2, 1)
-        for axes, (name, images) in zip(rows, digits.items(), strict=True):
-            axes.imshow(draw_grid(torch.from_numpy(images[place]), 10))
+def race_frame(epochs, rows):
+    """Return a picture: a row of ten digits for each {name: (images, minutes)}."""
+    with style.context("dark_background"):
+        figure = Figure(figsize=(8, 1.9), layout="constrained")
+        for axes, (name, (images, minutes)) in zip(figure.subplots(len(rows), 1), rows.items(),
+                                                   strict=True):
+            axes.imshow(draw_grid(torch.from_numpy(images), 10))
             axes.set(xticks=[], yticks=[])
-            axes.set_ylabel(name, size=12, color=COLORS[name], weight="bold")
-        figure.suptitle(f"after {minute} minute{'s' if minute > 1 else ''} on one core", size=14)
+            # figure spaces, as wide as digits, so that all frames are laid out alike
+            axes.set_ylabel(f"{name}\n{minutes:\u2007>2.0f} min", size=13, rotation=0, ha="right",
+                            va="center")
+        figure.suptitle(f"after {epochs} epoch{'s' if epochs > 1 else ''}", size=14)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
-        frames.append(Image.open(picture).convert("RGB"))
+    return Image.open(picture).convert("L")
+
+
+def race():
+    """Write race.gif and race.png: ten digits of baseline D and of the recipe, run after run."""
+    measured = curves()
+    with np.load(RACE_FILE) as digits:
+        frames = [race_frame(epochs, {name: (digits[f"{name}_{epochs}"], measured[name][1][place])
+                                      for name in RACERS})
+                  for place, epochs in enumerate(measured["recipe"][0])]
     write_gif(FOLDER / "race.gif", frames, [1500] * (len(frames) - 1) + [4000])
     with replacing(FOLDER / "race.png") as file:
         frames[-1].save(file, format="png")
@@ -215,8 +221,7 @@ def main(argv=None):
     save_figure("along_t", along_t, model)
     save_figure("density_of_t", density_of_t)
     save_figure("time", quality_over_time)
-    if RACE_FILE.exists():
-        race()
+    race()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
     python docs/runs.py trials    trials of other choices for the recipe: two hours
-    python docs/runs.py race      digits for the picture of a race: an hour
 
 These are runs of the recipe, of ablations, which lack one or a few of its choices, and of the
 baselines A to D, each with several seeds. A run that the file has is not done again. So it can grow
 over several sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can
 share the work if each has seeds of its own. "python docs/benchmark.py time", "recipe" and "trials"
-print the means.
+print the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the recipe,
+to be drawn side by side.
 
 Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
 is docs/tables/trials.csv. So the test images judge new choices, but do not make them.
@@ -23,7 +23,6 @@ import itertools
 import math
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -49,6 +48,7 @@ RACE_FILE = REPOSITORY / "docs/tables/race.npz"
 N_SAMPLES = 10_000
 BATCH_SIZE = 64
 SEEDS = 3
+RACERS = "D", "recipe"
 METRICS = "accuracy", "fid_classifier", "precision", "recall"
 
 
@@ -85,15 +85,6 @@ def conditions(device):
                    f"{' and bfloat16' if has_bf16(device) else ''}")
     return dict(commit=commit_of_src(), machine=machine, torch=torch.__version__,
                 python=platform.python_version(), date=str(datetime.date.today()))
-
-
-def steps_of_epochs(settings, n_images):
-    """Yield the steps of each epoch. n_epochs may be a fraction: the last epoch is then shorter."""
-    steps = n_images // settings.batch_size
-    left = round(settings.n_epochs * steps)
-    while left > 0:
-        yield min(left, steps)
-        left -= steps
 
 
 # ---- baselines ----
@@ -162,16 +153,15 @@ def train_baseline(name, settings, images, labels):
     optimizer = torch.optim.Adam(model.parameters(), baseline.rate)
     ema = follow_with_ema(model, optimizer, settings.ema_decay)
     if baseline.decays:
-        decay_rate(optimizer, sum(steps_of_epochs(settings, len(images))))
+        decay_rate(optimizer, settings.n_epochs * (len(images) // settings.batch_size))
     all_t = cosine_t().to(device)
 
     def draw_t(batch_size, device):
         t = textbook.uniform_t(batch_size, device)
         return all_t[t] if baseline.cosine else t
 
-    for steps in steps_of_epochs(settings, len(images)):
-        part = torch.randperm(len(images), device=device)[:steps * settings.batch_size]
-        textbook.train_epoch(model, optimizer, images[part], labels[part], settings.batch_size,
+    for _ in range(settings.n_epochs):
+        textbook.train_epoch(model, optimizer, images, labels, settings.batch_size,
                              baseline.label_dropout, draw_t)
         yield {"A": model, "B": ema} if name == "A" else {name: ema}
 
@@ -199,7 +189,7 @@ ABLATIONS = {
     "no_guidance": Ablation("no model guidance", dict(model_guidance=0.0)),
     "uniform_t": Ablation("t nearly uniform", dict(t_mean=0.0, t_std=1.7)),
     "no_decay": Ablation("no learning rate decay", {}, decays=False),
-    "no_clamp": Ablation("no clamp: darker than black is an error", dict(clamp=math.inf)),
+    "no_clamp": Ablation("no clamp", dict(clamp=math.inf)),
 }
 LATER = dict(guided_min=0.24, guided_max=0.38)
 TRIALS = {
@@ -222,9 +212,10 @@ def train_ablation(name, settings, images, labels):
     state = train.State(dataclasses.replace(settings, **ablation.settings), images.device)
     if ablation.change:
         ablation.change(state)
-    total_steps = sum(steps_of_epochs(settings, len(images))) if ablation.decays else math.inf
-    for epoch, steps in enumerate(steps_of_epochs(settings, len(images))):
-        for batch in train.epoch_batches(settings, epoch, len(images), images.device)[:steps]:
+    steps = len(images) // settings.batch_size
+    total_steps = settings.n_epochs * steps if ablation.decays else math.inf
+    for epoch in range(settings.n_epochs):
+        for batch in train.epoch_batches(settings, epoch, len(images), images.device):
             train.take_step(state, images[batch], labels[batch], total_steps)
         yield {name: state.ema}
 
@@ -240,11 +231,9 @@ class Run(NamedTuple):
 #
 # Where the learning rate is constant, one run passes through all epochs. Where it decays over a
 # run, each number of epochs is a run of its own.
-RUNS = [Run("A", (2, 4, 8, 16)), Run("C", (2, 4, 8, 16)),
-        *(Run("D", (epochs,)) for epochs in (4, 8, 16)),
-        *(Run("recipe", (epochs,)) for epochs in (1, 2, 4, 8, 16)),
-        Run("no_guidance", (8,)),
-        *(Run(name, (2,)) for name in ABLATIONS if name != "recipe")]
+RUNS = [*(Run(name, (epochs,)) for epochs in (1, 2, 4, 8, 16) for name in RACERS),
+        *(Run(name, (2,)) for name in ABLATIONS if name != "recipe"), Run("no_guidance", (8,)),
+        Run("A", (2, 4, 8, 16)), Run("C", (2, 4, 8, 16))]
 TRIAL_RUNS = [*(Run(name, (2,)) for name in ("recipe", *TRIALS)),
               *(Run(name, (8,)) for name in ("recipe", "guided_longer_0.45"))]
 
@@ -317,6 +306,17 @@ def append_rows(path, rows):
         file.write(lines.getvalue())
 
 
+def keep_for_race(name, epoch, digits):
+    """Add a run's digits (10, 1, 28, 28) to docs/tables/race.npz."""
+    kept = {}
+    if RACE_FILE.exists():
+        with np.load(RACE_FILE) as file:
+            kept.update(file)
+    kept[f"{name}_{epoch}"] = digits.numpy()
+    with replacing(RACE_FILE) as file:
+        np.savez_compressed(file, **kept)
+
+
 def record_runs(path, runs, device, seeds, trials=False):
     """Do the runs that the file lacks, one seed after the other, and add their rows to it.
 
@@ -341,36 +341,10 @@ def record_runs(path, runs, device, seeds, trials=False):
                 scores = score(digits)
                 rows.append(new_row(name, scores, here, epoch, seed, f"{seconds:.1f}"))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
+                if name in RACERS and (path, seed) == (RUNS_FILE, 0):
+                    keep_for_race(name, epoch,
+                                  sample(network, torch.arange(10), predictor=predictor)[-1])
         append_rows(path, rows)
-
-
-# ---- the race ----
-def record_race(device, minutes=(1, 2, 4, 8, 16)):
-    """Write the same ten digits by baseline D and by the recipe after each number of minutes.
-
-    Each is a run of its own, whose learning rates decay to its end. How many epochs fit into the
-    minutes, the runs in runs.csv of this machine and commit say; UserError where there are none.
-    """
-    images, labels = train.load_mnist("train", device=device)
-    here, digits = conditions(device), {}
-    rows = [row for row in read_runs()
-            if (row["machine"], row["commit"]) == (here["machine"], here["commit"])]
-    if not {"D", "recipe"} <= {row["training"] for row in rows}:
-        raise UserError(f"{RUNS_FILE} has no runs of D and the recipe on this machine: python "
-                        "docs/runs.py")
-    for name, train_one, predictor in (("D", train_baseline, predictor_by_noise),
-                                       ("recipe", train_ablation, clean_image_predictor)):
-        epoch_seconds = statistics.median(float(row["seconds"]) / int(row["epochs"])
-                                          for row in rows if row["training"] == name)
-        digits[name] = []
-        for minute in minutes:
-            settings = train.Settings(n_epochs=60 * minute / epoch_seconds,
-                                      batch_size=BATCH_SIZE)
-            *_, trained = train_one(name, settings, images, labels)
-            digits[name].append(sample(trained[name], torch.arange(10), predictor=predictor)[-1])
-    with replacing(RACE_FILE) as file:
-        np.savez_compressed(file, minutes=minutes,
-                            **{name: torch.stack(made).numpy() for name, made in digits.items()})
 
 
 # ---- command line ----
@@ -379,13 +353,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     add_device_flag(parser)
     add_flag(parser, "seeds", "of each run", [*range(SEEDS)], type=bounded(int, 0), nargs="+")
-    parser.add_argument("what", nargs="?", choices=["runs", "trials", "race"], default="runs")
+    parser.add_argument("what", nargs="?", choices=["runs", "trials"], default="runs")
     args = parser.parse_args(argv)
     prepare_folder(RUNS_FILE.parent)
     device = train.start_processes(args.device)
-    if args.what == "race":
-        record_race(device)
-    elif args.what == "trials":
+    if args.what == "trials":
         record_runs(TRIALS_FILE, TRIAL_RUNS, device, args.seeds, trials=True)
     else:
         record_runs(RUNS_FILE, RUNS, device, args.seeds)

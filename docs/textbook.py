@@ -1,8 +1,8 @@
-"""Plain DDPM (Ho et al. 2020) in one screen, with the network of src/train.py.
+"""Plain DDPM (Ho et al. 2020): the network of src/train.py, trained to predict the noise.
 
     python docs/textbook.py    two epochs, then digits in generated_samples/textbook.png: minutes
 
-The README explains diffusion by this file, and docs/runs.py measures it as baseline A.
+The README explains diffusion with this file, and docs/runs.py measures it as baseline A.
 """
 import functools
 import itertools
@@ -68,8 +68,8 @@ def train_epoch(model, optimizer, images, labels, batch_size=64, label_dropout=0
 def sample(model, labels, steps=50):
     """Return digits in [-1, 1] for labels (N,), by DDIM (Song et al. 2021, eq. 12)."""
     x_t = torch.randn(len(labels), 1, 28, 28, device=labels.device)
-    times = torch.linspace(T - 1, 0, steps + 1).long()
-    for t, t_next in itertools.pairwise(t.expand(len(labels)).to(labels.device) for t in times):
+    times = torch.linspace(T - 1, 0, steps + 1).long().to(labels.device)
+    for t, t_next in itertools.pairwise(times[:, None].expand(-1, len(labels))):
         alpha_t, sigma_t = alpha_and_sigma(t)
         eps = predict_noise(model, x_t, t, labels)
         x_0 = ((x_t - sigma_t * eps) / alpha_t).clamp(-1, 1)

@@ -8,7 +8,6 @@ import torch
 from conftest import write_checkpoint
 
 import benchmark
-import test
 from common import UserError, write_csv
 
 CPU = torch.device("cpu")
@@ -32,15 +31,8 @@ def test_benchmark_of_training(monkeypatch, capsys):
 
 @pytest.mark.parametrize("what, rows", [
     ("sampling", 1), ("guidance", len(benchmark.GUIDANCE) + 1), ("samplers", 3), ("floors", 2),
-    ("usefulness", 2), ("told_apart", 4)])
+    ("told_apart", 4)])
 def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, monkeypatch, capsys):
-    given = []
-
-    def classifier(images, labels, seed):
-        given.append((images, labels))
-        return test.load_classifier(CPU)
-
-    monkeypatch.setattr(benchmark, "train_classifier", classifier)
     monkeypatch.setattr(benchmark, "CHUNK_SIZE", 2)
     monkeypatch.setattr(benchmark, "told_apart", lambda generated, real, seed: 0.5)
     monkeypatch.setattr(benchmark, "train_ablation", lambda name, *_: iter([{name: small_model}]))
@@ -51,10 +43,6 @@ def test_benchmark_of_digits(what, rows, small_model, tmp_path, small_mnist, mon
     table(CPU, **{name: value for name, value in settings.items() if name in known})
     header, _, *lines = re.findall(r"^\|.*", capsys.readouterr().out, re.MULTILINE)
     assert len(lines) == rows and {line.count("|") for line in lines} == {header.count("|")}
-    if what == "usefulness":
-        (real, labels), (made, asked) = given
-        assert made.shape == real.shape == (20, 1, 28, 28) and not made.equal(real)
-        assert asked.equal(labels)
 
 
 def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):

@@ -160,7 +160,9 @@ def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
 
 def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_model, small_mnist,
                                                        monkeypatch):
-    path, begun = tmp_path / "runs.csv", []
+    path, race, begun = tmp_path / "runs.csv", tmp_path / "race.npz", []
+    monkeypatch.setattr(runs, "RUNS_FILE", path)
+    monkeypatch.setattr(runs, "RACE_FILE", race)
     monkeypatch.setattr(runs, "N_SAMPLES", 20)
     monkeypatch.setattr(runs, "RUNS", [runs.Run("recipe", (1,)), runs.Run("A", (1, 2))])
 
@@ -183,25 +185,11 @@ def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_model, sm
     assert [(row["training"], row["epochs"], row["seed"]) for row in rows] == [
         (*run, seed) for seed in "01" for run in one_seed]
 
+    with np.load(race) as file:
+        assert file.files == ["recipe_1"] and file["recipe_1"].shape == (10, 1, 28, 28)
+
     before = path.read_text()
     monkeypatch.setattr(runs, "commit_of_src", lambda: "another")
     with pytest.raises(UserError, match=r"runs\.csv is not of commit another of src"):
         runs.record_runs(path, runs.RUNS, CPU, seeds=[0, 1, 2])
     assert path.read_text() == before
-
-
-def test_the_race_is_run_for_so_many_minutes(tmp_path, small_mnist, monkeypatch):
-    steps, path = [], tmp_path / "race.npz"
-    steps_of_epochs = runs.steps_of_epochs
-    monkeypatch.setattr(runs, "steps_of_epochs", lambda *of: steps.append(
-        list(steps_of_epochs(*of))) or steps[-1])
-    monkeypatch.setattr(runs, "RACE_FILE", path)
-    monkeypatch.setattr(runs, "read_runs", lambda: [
-        dict(training=name, seconds="240", epochs="2", **runs.conditions(CPU))
-        for name in ("D", "recipe")])
-    runs.record_race(CPU, minutes=(1, 3))  # of epochs of 4 steps, which take 2 minutes
-    assert [2] in steps and [4, 2] in steps and len({*map(tuple, steps)}) == 2
-    with np.load(path) as file:
-        assert file["minutes"].tolist() == [1, 3]
-        assert file["D"].shape == file["recipe"].shape == (2, 10, 1, 28, 28)
-        assert (file["D"][0] != file["D"][1]).any() and (file["D"] != file["recipe"]).any()
