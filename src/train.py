@@ -637,10 +637,12 @@ def training_parser():
 
 def refuse_overwriting(root):
     """Raise UserError if there is a run under root: no second run replaces its files."""
-    for path in [root / LATEST, *epoch_checkpoints(root).values()]:
-        if path.exists():
-            raise UserError(f"{path} is of an earlier run: continue it with --resume, remove it, "
-                            "or choose another --root")
+    latest = root / LATEST
+    if latest.exists():
+        raise UserError(f"{latest} is of an earlier run: continue it with --resume, remove it, or "
+                        "choose another --root")
+    for path in epoch_checkpoints(root).values():
+        raise UserError(f"{path} is of an earlier run: remove it, or choose another --root")
 
 
 def start_state(args, device):
