@@ -51,6 +51,12 @@ def test_the_readmes_first_table_is_of_the_runs(name, epochs):
             in README)
 
 
+def test_four_epochs_come_as_close_as_sixteen_of_the_baseline():
+    recipe, baseline = (statistics.mean(row["fid_classifier"] for row in rows_of(read_runs(), *run))
+                        for run in (("recipe", 4), ("D", 16)))
+    assert recipe <= baseline
+
+
 def test_the_readme_quotes_the_released_weights():
     *_, last = rows = read_csv(REPOSITORY / "datas/released_metrics.csv")
     rows = [row for row in rows if row["epoch"] == last["epoch"]]
