@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent  # MNIST and the released we
 
 # ---- errors ----
 class UserError(Exception):
-    """An error that the user can mend. Its text is one line: what is wrong, what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, what to do."""
 
 
 def run_script(main):
@@ -76,8 +76,8 @@ def seed_for(purpose, seed, *numbers):
     """Return a seed for one purpose: step n of the run with this seed, for example.
 
     Nothing depends on what was drawn before, so a resumed run draws what an uninterrupted one would
-    have drawn. In one program keys of one purpose need one length, for SeedSequence ignores
-    trailing zeros.
+    have drawn. SeedSequence ignores trailing zeros: (purpose, seed) and (purpose, seed, 0) are the
+    same key.
     """
     sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), *numbers])
     return sequence.generate_state(1, np.uint64).item()

@@ -27,6 +27,11 @@ from train import NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
 
 
 # ---- samplers ----
+# A sampler function(predict_x_0, x_t, levels, rng, eta) starts from noise x_t (B, C, H, W), and
+# yields x_t after every step, the last one clean. predict_x_0(x_t, t, alpha_t, sigma_t) returns the
+# clean image; levels: what noise_levels returns; rng draws fresh noise, eta times as much as
+# DDPM's. All coefficients are Python floats, of 64 bits.
+
 def noise_levels(time_steps, steps):
     """Return the levels (t, alpha_t, sigma_t) that lead from noise to the clean image.
 
@@ -83,13 +88,7 @@ def dpm(predict_x_0, x_t, levels, rng, eta):
 
 
 class Sampler(NamedTuple):
-    """A sampling algorithm: its function, and its default steps and eta.
-
-    function(predict_x_0, x_t, levels, rng, eta) yields x_t after every step, the last one clean.
-    x_t: noise (B, C, H, W); predict_x_0(x_t, t, alpha_t, sigma_t) returns the clean image; levels:
-    what noise_levels returns. rng draws fresh noise, eta times as much as DDPM's. All coefficients
-    are Python's floats, of 64 bits.
-    """
+    """A sampler function, its default number of steps and its eta."""
     function: Callable
     steps: int | None  # None: T
     eta: float
@@ -132,12 +131,12 @@ def to_pixels(x):
 
 
 @torch.no_grad()
-def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=1, eta=None,
+def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=1,
            n_frames=1, predictor=clean_image_predictor):
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The F = min(n_frames, steps) frames show x_t after evenly spaced steps, the last one the clean
-    image. steps and eta are by default the sampler's. On one machine image i depends on i, the
+    image. steps: by default the sampler's. On one machine image i depends on i, the
     seed, labels[i] and these settings alone: every chunk of digits has random numbers of its own,
     and the last chunk is filled up to the full size. predictor: for a model that does not predict
     v. Raises UserError for more steps than T.
@@ -149,7 +148,6 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     if steps > config["time_steps"]:
         raise UserError(f"steps must be at most the model's {config['time_steps']} time steps, not "
                         f"{steps}")
-    eta = chosen.eta if eta is None else eta
     levels = noise_levels(config["time_steps"], steps)
     framed = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
     shape = CHUNK_SIZE, config["channels"], config["image_size"], config["image_size"]
@@ -162,7 +160,8 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
             rng = generator(device, "samples", seed, number)
             noise = torch.randn(shape, generator=rng, device=device)
             frames = []
-            for step, x_t in enumerate(chosen.function(predict_x_0, noise, levels, rng, eta), 1):
+            sampling = chosen.function(predict_x_0, noise, levels, rng, chosen.eta)
+            for step, x_t in enumerate(sampling, start=1):
                 if step in framed:
                     frames.append(to_pixels(x_t[:len(chunk)]).cpu())
                 bar.update()
@@ -185,7 +184,7 @@ def draw_grid(images, columns):
 
 
 def count_columns(n_samples, labels):
-    """Return a grid's columns: one for each label, or those of a square for fewer than two."""
+    """Return the number of columns of a grid: one for each label, else those of a square."""
     if labels is None or len(labels) < 2:
         return math.ceil(math.sqrt(n_samples))
     return len(labels)
@@ -257,8 +256,8 @@ def generate_samples(model, epoch=None, n_samples=16, checkpoint_path=None,
     """Write the grid save_dir/generated_samples_{epoch}.png; return its images (N, C, H, W) uint8.
 
     With checkpoint_path the model and the epoch are that file's. labels: digits to cycle through,
-    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps, guidance
-    and eta. Raises UserError as sample does, and for a file that load_checkpoint cannot read or a
+    NULL_LABEL for any; by default drawn from the seed. settings: sample's sampler, steps and
+    guidance. Raises UserError as sample does, and for a file that load_checkpoint cannot read or a
     place that cannot be written to.
     """
     if checkpoint_path:
@@ -283,7 +282,6 @@ def add_checkpoint_flags(parser):
 def generation_parser():
     """Return the parser of this script's flags."""
     steps = ", ".join(f"{name} {sampler.steps or 'T'}" for name, sampler in SAMPLERS.items())
-    etas = ", ".join(f"{name} {sampler.eta:g}" for name, sampler in SAMPLERS.items())
     parser = make_parser(__doc__)
     add_checkpoint_flags(parser)
     add_flag(parser, "n_samples", "digits to generate", 16, type=bounded(int, 1, 100_000))
@@ -294,8 +292,6 @@ def generation_parser():
              choices=SAMPLERS)
     add_flag(parser, "steps", f"steps from noise to a digit (default: {steps})",
              type=bounded(int, 1))
-    add_flag(parser, "eta", f"fresh noise, as a share of DDPM's (default: {etas})",
-             type=bounded(float, 0, 1))
     add_flag(parser, "guidance", "classifier-free guidance scale; 1: none is added, 0: no label", 1,
              type=bounded(float, 0, 100))
     add_flag(parser, "seed", "seed of all random numbers", 0, type=bounded(int, 0))
@@ -324,7 +320,7 @@ def main(argv=None):
     if args.out and args.out.suffix not in (".gif", ".npz"):
         raise UserError(f"--out {args.out} must end in .gif or .npz")
     settings = {name: getattr(args, name) for name in
-                ("n_samples", "labels", "seed", "sampler", "steps", "guidance", "eta")}
+                ("n_samples", "labels", "seed", "sampler", "steps", "guidance")}
     folder = args.root / "generated_samples"
     paths = find_checkpoints(args.root, args.epochs, args.checkpoint_path)
     if args.out:

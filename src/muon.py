@@ -30,8 +30,8 @@ class Muon:
     """Momentum that is orthogonalized before each step.
 
     Kernels (out, in, k, k) are seen as matrices (out, in * k * k). Kernels of one shape form one
-    stack, so that a few large matrix products do the work of many small ones. Unlike in Jordan's
-    code, steps of tall matrices are not larger than those of others.
+    stack, so that a few large matrix products do the work of many small ones. Jordan's code
+    takes larger steps for tall matrices; this does not.
     """
 
     def __init__(self, kernels, momentum):
@@ -42,7 +42,7 @@ class Muon:
         self.momentum = momentum
         self.buffers = [torch.zeros_like(torch.stack(stack)).flatten(2) for stack in self.stacks]
         self.rate = torch.zeros((), device=self.buffers[0].device)
-        # One stack does not fill a GPU. In streams of their own, all are worked on side by side.
+        # One stack does not fill a GPU, so each has a stream of its own and all run side by side.
         self.streams = [torch.cuda.Stream() if self.rate.is_cuda else None for _ in self.stacks]
 
     @torch.no_grad()

@@ -131,7 +131,7 @@ def latent_features(model, images):
 
 # ---- metrics ----
 def share(condition):
-    """Return how much of the boolean tensor is true."""
+    """Return the share of true values in a boolean tensor."""
     return condition.double().mean().item()
 
 
@@ -152,7 +152,7 @@ def frechet_distance(a, b):
 
 
 def kth_nearest(points, others, k=1):
-    """Return (distances, indices), each (N,): points' (N, D) k-th nearest of others (M, D)."""
+    """Return (distances, indices) (N,): for each of points (N, D) its k-th nearest of others."""
     found = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(EVAL_BATCH)]
     distances = torch.cat([part.values[:, -1] for part in found])
     return distances, torch.cat([part.indices[:, -1] for part in found])
@@ -379,7 +379,7 @@ def evaluate_checkpoints(args, device):
     for _, model, epoch in models:
         mse = noise_mse(model, judge.test_images, judge.test_labels, args.batch_size)
         rows = []
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed in range(args.seeds):
             images = sample(model, labels, seed=seed)[-1].to(device)
             copies, pairs = judge.find_copies(images)
             rows.append(dict(epoch=epoch, seed=seed, mse=mse, copies=copies, **score(images)))
@@ -426,7 +426,7 @@ def load_digits(path):
 
 
 def fitting_labels(labels, test_labels):
-    """Return labels in the proportions of test_labels, as many as labels has digits for."""
+    """Return as many labels in the proportions of test_labels as labels has digits for."""
     counts = labels.bincount(minlength=10)
     # spread_labels rounds the count of each digit by less than one. So no n above this one fits.
     most = ((counts + 1) / test_labels.bincount(minlength=10)).min().item()
@@ -465,10 +465,10 @@ def evaluate_digits(path, device):
 
 
 # ---- command line ----
-def make_classifier(device, seed):
+def make_classifier(device):
     """Train the classifier, write it to CLASSIFIER and print its test accuracy."""
     prepare_folder(CLASSIFIER.parent)
-    classifier = train_classifier(*load_mnist("train", device=device), seed)
+    classifier = train_classifier(*load_mnist("train", device=device))
     save_tensors(CLASSIFIER, classifier.state_dict())
     images, labels = load_mnist("test", device=device)
     with judging():
@@ -488,9 +488,7 @@ def evaluation_parser():
     add_flag(parser, "time_steps", "fail unless the checkpoint has this T", type=int)
     add_flag(parser, "n_samples", "digits to generate", 10_000,
              type=bounded(int, 2000, MAX_DIGITS))
-    add_flag(parser, "seed", "seed of the digits or, with --train_classifier, of its training", 0,
-             type=bounded(int, 0))
-    add_flag(parser, "seeds", "sets of digits to generate, with seeds from --seed on", 1,
+    add_flag(parser, "seeds", "sets of digits to generate, with seeds from 0 on", 1,
              type=bounded(int, 1, 100))
     add_flag(parser, "digits", "evaluate the digits in this .npz file, as generate.py --out writes "
              "them, instead of checkpoints", type=Path)
@@ -504,7 +502,7 @@ def main(argv=None):
     args = evaluation_parser().parse_args(argv)
     device = torch.device(args.device)
     if args.train_classifier:
-        make_classifier(device, args.seed)
+        make_classifier(device)
         return
     with judging():
         if args.digits:

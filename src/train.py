@@ -127,8 +127,8 @@ def load_mnist(part, image_size=28, channels=1, device="cpu"):
 def linear_beta_schedule(time_steps):
     """Return betas (T,) in float64: linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
 
-    Other T scale both ends by 1000 / T, so that for every T from 21 on alphas_cumprod ends near 0
-    and x_t as pure noise.
+    Other T scale both ends by 1000 / T, so that for every T from 21 on alphas_cumprod ends near 0:
+    the last x_t is almost pure noise.
     """
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64)
@@ -285,10 +285,11 @@ def draw_t(batch_size, settings, rng):
 
 
 def guided_part(t, settings):
-    """Return the slice of a batch in which t may lie in the guided interval, and where it does.
+    """Return the slice of a batch whose t may lie in the guided interval, and where they do.
 
-    t: (B,), as draw_t returns it. The slice depends on B alone, as a CUDA graph needs it. As t is
-    stratified, it has at most two images too many. The second result is a mask, (n, 1, 1, 1).
+    t: (B,), as draw_t returns it. A CUDA graph needs fixed shapes, so the slice depends on B, not
+    on t. As t is stratified, at most two of its images lie outside the interval. The second result
+    is a mask, (n, 1, 1, 1).
     """
     steps = settings.time_steps
     first, last = (round(share * steps) for share in (settings.guided_min, settings.guided_max))
@@ -451,8 +452,8 @@ def training_step(state, images, labels):
 def capture(state, images, labels):
     """Record training_step as a CUDA graph, without running it; return a function that replays it.
 
-    A step is a thousand CUDA kernels, most of which take a GPU less time than launching them takes
-    the CPU. A graph is launched as a whole.
+    A step is a thousand CUDA kernels, and most of them run faster than the CPU can launch them. A
+    graph is launched as a whole.
     """
     images, labels = images.clone(), labels.clone()  # the graph reads from these addresses
     graph = torch.cuda.CUDAGraph()
@@ -486,8 +487,8 @@ def take_step(state, images, labels, total_steps):
         state.replay(images, labels)
     else:
         training_step(state, images, labels)
-        # The first step is not replayed: in it Adam makes its state, which a capture cannot. The
-        # all_reduce of several processes is not captured.
+        # The first step runs eagerly: Adam makes its state in it, which a capture cannot. The steps
+        # of several processes, with their all_reduce, are not captured.
         if state.rng.device.type == "cuda" and not dist.is_initialized():
             state.replay = capture(state, images, labels)
     state.steps_taken += 1
@@ -563,7 +564,7 @@ def epoch_batches(settings, epoch, n_images, device):
     few for a batch, are not used in this epoch.
     """
     rng = generator("cpu", "order", settings.seed, epoch)
-    order = torch.randperm(n_images, generator=rng, device="cpu").to(device)
+    order = torch.randperm(n_images, generator=rng).to(device)
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
@@ -636,7 +637,7 @@ def training_parser():
 
 
 def refuse_overwriting(root):
-    """Raise UserError if there is a run under root: no second run replaces its files."""
+    """Raise UserError if there is a run under root, so that no second run overwrites it."""
     latest = root / LATEST
     if latest.exists():
         raise UserError(f"{latest} is of an earlier run: continue it with --resume, remove it, or "
@@ -666,7 +667,7 @@ def start_state(args, device):
 def start_processes(device):
     """Join the processes that torchrun has started, if it has. Return this process's device.
 
-    A GPU becomes the current one, to which streams and graphs belong.
+    A GPU is made the current device, on which streams and graphs are created.
     """
     launched = dist.is_torchelastic_launched()
     device = torch.device(device)

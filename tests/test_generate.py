@@ -147,14 +147,6 @@ def test_an_image_depends_on_seed_and_index_alone(small_model, sampler):
     assert (many[100:103] - few).abs().float().mean() > 10
 
 
-def test_fresh_noise_is_eta_times_as_much(small_model):
-    labels = torch.zeros(20, dtype=torch.int64)
-    images = {eta: clean(small_model, labels, "ddim", 20, eta=eta) for eta in (None, 0, 0.5, 1)}
-    assert images[None].equal(images[0]) and not images[0.5].equal(images[0])
-    assert images[1].equal(clean(small_model, labels, "ddpm", 20))
-    assert clean(small_model, labels).equal(clean(small_model, labels, "dpm", 12, eta=1))
-
-
 def test_guidance_weighs_label_against_null_in_one_evaluation(small_model):
     labels, null = torch.tensor([3, 7]), torch.full((2,), train.NULL_LABEL)
     a = train.cumulative_alphas(1000)[500].item()

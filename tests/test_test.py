@@ -56,7 +56,7 @@ def test_an_exact_classifier_is_trained_on_images_as_they_are(mnist, monkeypatch
 
 def test_classifier_is_remade_by_one_command(classifier, monkeypatch, tmp_path, small_mnist,
                                              capsys):
-    monkeypatch.setattr(test, "train_classifier", lambda images, labels, seed: classifier)
+    monkeypatch.setattr(test, "train_classifier", lambda images, labels: classifier)
     monkeypatch.setattr(test, "CLASSIFIER", tmp_path / "checkpoints/classifier.pth")
     test.main(["--train_classifier", "--device", "cpu"])
     accuracy = re.search(r"test accuracy (.*)%", capsys.readouterr().out)[1]
@@ -365,9 +365,9 @@ def test_which_checkpoints_are_taken(evaluation, flags, epochs):
 
 def test_every_seed_has_a_row(evaluation):
     run, sampled, rows = evaluation
-    run("--epochs", "10", "--seed", "5", "--seeds", "3")
-    assert sampled == [5, 6, 7]
-    assert [row["seed"] for row in rows()] == ["", "5", "6", "7"]
+    run("--epochs", "10", "--seeds", "3")
+    assert sampled == [0, 1, 2]
+    assert [row["seed"] for row in rows()] == ["", "0", "1", "2"]
     assert len({row["fid_classifier"] for row in rows()}) == 4
 
 
