@@ -15,7 +15,7 @@ test: .venv/installed-dev
 RUN = runs/released
 WEIGHTS = $(RUN)/checkpoints/diffusion_epoch_60.pth
 
-$(WEIGHTS): .venv/installed
+$(WEIGHTS): | .venv/installed
 	$(PYTHON) src/train.py --root $(RUN) --n_epochs 60 --batch_size 128 \
 		$(if $(wildcard $(RUN)/checkpoints/latest.pth),--resume)
 
@@ -36,7 +36,7 @@ runs: .venv/installed  # hours, too: docs/tables/runs.csv and trials.csv, for th
 	$(PYTHON) docs/runs.py
 	$(PYTHON) docs/runs.py trials
 
-# docs/tables/training-avx2.md is the table "training" of another machine than training.md.
+# training-avx2.md is the table "training", printed on another machine than training.md.
 docs/tables/%.md: .venv/installed always
 	mkdir -p docs/tables
 	$(PYTHON) docs/benchmark.py $(firstword $(subst -, ,$*)) > $@.tmp

@@ -296,11 +296,11 @@ def released_table():
     n_samples, seeds = int(rows[-1]["n_samples"]), {row["seed"] for row in rows[1:]}
     print(f"{n_samples:,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps, {len(seeds)} seeds of "
           "sampling.\n")
-    print_header("epochs", *FORMATS)
+    print_header("epochs", *QUALITY, "copies")
     for epoch in dict.fromkeys(row["epoch"] for row in rows):
-        print_row(epoch, *(with_deviation([float(row[name]) for row in rows
-                                           if row["epoch"] == epoch], form)
-                           for name, form in FORMATS.items()))
+        print_row(epoch, *(with_deviation([float(row[metric]) for row in rows
+                                           if row["epoch"] == epoch], FORMATS[metric])
+                           for metric in (*METRICS, "copies")))
 
 
 OVER_TIME = {
@@ -363,12 +363,8 @@ OF_RUNS = {"released": released_table, "time": time_table, "recipe": recipe_tabl
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    subparsers = parser.add_subparsers(dest="table", required=True, prog=parser.prog)
-    for name, table in (MEASURED_NOW | OF_RUNS).items():
-        flags = subparsers.add_parser(name, help=table.__doc__.split("\n")[0],
-                                      usage=argparse.SUPPRESS)
-        if name in MEASURED_NOW:
-            add_device_flag(flags)
+    parser.add_argument("table", choices=[*MEASURED_NOW, *OF_RUNS])
+    add_device_flag(parser)
     args = parser.parse_args(argv)
     if args.table in OF_RUNS:
         OF_RUNS[args.table]()

@@ -6,8 +6,8 @@ import figures
 
 def test_plots_have_a_light_and_a_dark_form(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
-    figures.save_figure("time", figures.quality_over_time)
-    light, dark = (Image.open(tmp_path / f"time{suffix}.png") for suffix in ("", "_dark"))
+    figures.save_figure("quality", figures.quality_over_epochs)
+    light, dark = (Image.open(tmp_path / f"quality{suffix}.png") for suffix in ("", "_dark"))
     assert light.size == dark.size and light.tobytes() != dark.tobytes()
 
 
