@@ -28,7 +28,7 @@ release: $(WEIGHTS)  # an hour or two: checkpoints/pretrained.pth, and all that 
 	cp $(RUN)/datas/metrics_closest_60.png datas/released_closest.png
 	$(PYTHON) docs/figures.py
 
-TABLES = training sampling released floors guidance samplers told_apart time recipe trials
+TABLES = training sampling released floors guidance samplers told_apart baselines recipe trials
 
 tables: runs $(TABLES:%=docs/tables/%.md)  # hours; one alone: make docs/tables/NAME.md
 

@@ -7,7 +7,7 @@
     python docs/benchmark.py samplers    Frechet distance of every sampler: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
     python docs/benchmark.py released    metrics of the released run
-    python docs/benchmark.py time        digits after so many epochs, and baselines'
+    python docs/benchmark.py baselines   digits of baselines and of the recipe, by epochs
     python docs/benchmark.py recipe      digits of ablations
     python docs/benchmark.py trials      digits of other choices for the recipe
 
@@ -18,22 +18,20 @@ into their files, "make docs/tables/NAME.md" prints one.
 import argparse
 import csv
 import functools
-import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import textbook
 import train
-from common import REPOSITORY, add_device_flag, has_bf16, run_script
+from common import REPOSITORY, add_device_flag, run_script
 from generate import CHUNK_SIZE, DEFAULT_SAMPLER, SAMPLERS, load_checkpoint, sample
-from runs import (ABLATIONS, BATCH_SIZE, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS,
+from runs import (ABLATIONS, BATCH_SIZE, EPOCHS, METRICS, N_SAMPLES, RUNS_FILE, SEEDS, TRIALS,
                   TRIALS_FILE, conditions, make_scorer, read_runs, rows_of, train_ablation)
 from test import (FORMATS, classify, frechet_distance, judging, load_classifier, mnist_pixels,
                   pick_images, share, spread_labels, train_classifier)
@@ -100,20 +98,7 @@ def rates(tasks, device, rounds=7):
     for name, values in result.items():
         print_row(name, f"{statistics.median(values):,.0f} {tasks[name][2]}/s",
                   f"{min(values):,.0f} to {max(values):,.0f}")
-    print()
     return result
-
-
-def ratio(these, those):
-    return statistics.median(a / b for a, b in zip(these, those, strict=True))
-
-
-def peak_memory(device):
-    """Return the MiB that the process, or on a GPU its tensors, have taken at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def our_training(state, images, labels):
@@ -121,13 +106,6 @@ def our_training(state, images, labels):
     batches = train.epoch_batches(state.settings, 0, len(images), images.device)
     for batch in batches[:TRAINING_STEPS]:
         train.take_step(state, images[batch], labels[batch], total_steps=10**6)
-
-
-def flops_of_an_image(state, images, labels):
-    """Return the floating point operations of a training step, for each of its images."""
-    with FlopCounterMode(display=False) as counter:
-        train.training_step(state, images, labels)
-    return counter.get_total_flops() / len(images)
 
 
 def textbook_training(images, labels, batch_size):
@@ -140,28 +118,17 @@ def textbook_training(images, labels, batch_size):
 
 
 def training_speed(device, batch_size=128):
-    """Print images a second of training, beside plain DDPM and a matrix product."""
+    """Print images a second of training, beside plain DDPM."""
     images, labels = train.load_mnist("train", device=device)
     state = train.State(train.Settings(batch_size=batch_size), device)
-    flops = flops_of_an_image(state, images[:batch_size], labels[:batch_size])
-    ours = functools.partial(our_training, state, images, labels)
-    ours()
-    memory = peak_memory(device)  # before the baseline adds its own
     n = batch_size * TRAINING_STEPS
-    side, products = (16384, 1) if device.type == "cuda" else (2048, 5)  # enough for full speed
-    matrix = torch.randn(side, side, device=device).to(
-        torch.bfloat16 if has_bf16(device) else torch.float32)
-    tasks = {"training": (ours, n, "images"),
-             "plain DDPM": (textbook_training(images, labels, batch_size), n, "images"),
-             f"product of two {side} x {side} matrices": (
-                 lambda: [matrix @ matrix for _ in range(products)],
-                 products * 2 * side**3 / 1e9, "GFLOP")}
     print(f"Batches of {batch_size}.\n")
-    measured, plain, product = rates(tasks, device).values()
-    print(f"Training is {ratio(measured, plain):.2f} times as fast as plain DDPM.")
-    print(f"An image takes {flops / 1e6:.0f} MFLOP, which makes "
-          f"{ratio(measured, product) * flops / 1e9:.0%} of the matrix product's rate.\n"
-          f"The peak of memory is {memory:.0f} MiB.")
+    ours, plain = rates({
+        "training": (functools.partial(our_training, state, images, labels), n, "images"),
+        "plain DDPM": (textbook_training(images, labels, batch_size), n, "images"),
+    }, device).values()
+    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
+    print(f"\nTraining is {ratio:.2f} times as fast as plain DDPM.")
 
 
 def sampling_speed(device, checkpoint_path=RELEASED):
@@ -171,7 +138,6 @@ def sampling_speed(device, checkpoint_path=RELEASED):
     print(f"{len(labels):,} digits in {SAMPLERS[DEFAULT_SAMPLER].steps} steps, {CHUNK_SIZE} of "
           "them together.\n")
     rates({"sampling": (lambda: sample(model, labels), len(labels), "digits")}, device)
-    print(f"The peak of memory is {peak_memory(device):.0f} MiB.")
 
 
 # ---- quality ----
@@ -303,7 +269,7 @@ def released_table():
                            for metric in (*METRICS, "copies")))
 
 
-OVER_TIME = {
+COMPARED = {
     "A: plain DDPM": "A",
     "B: A with EMA": "B",
     "C: B with the cosine schedule, without label dropout": "C",
@@ -313,33 +279,23 @@ OVER_TIME = {
 }
 
 
-def runs_table(names, epochs, path=RUNS_FILE, timed=False):
-    """Print the metrics, and the times if wanted, of the runs {what: name} after these epochs.
-
-    Those that the file lacks are left out.
-    """
+def runs_table(names, epochs, path=RUNS_FILE):
+    """Print the metrics of the runs {what: name} after these epochs, if the file has them."""
     real, *rows = read_runs(path)
     found = [(what, n, rows_of(rows, name, n)) for what, name in names.items() for n in epochs]
-    measured = [row for *_, of_run in found for row in of_run]
-    machines = sorted({row["machine"] for row in measured}) if timed else []
-    print_conditions(measured)
+    print_conditions([row for *_, of_run in found for row in of_run])
     print(f"Batches of {BATCH_SIZE}; {N_SAMPLES:,} digits of each run; docs/tables/{path.name} has "
           "all runs.\n")
-    print_header("training", "epochs", "seeds", *(f"seconds, {machine}" for machine in machines),
-                 *QUALITY)
+    print_header("training", "epochs", "seeds", *QUALITY)
     for what, n, of_run in found:
         if of_run:
-            times = ([float(row["seconds"]) for row in of_run if row["machine"] == machine]
-                     for machine in machines)
-            print_row(what, n, len(of_run),
-                      *(with_deviation(values, ".0f") if values else "" for values in times),
-                      *quality_cells(of_run))
-    print_row("real digits", "", "", *("" for _ in machines), *quality_cells([real]))
+            print_row(what, n, len(of_run), *quality_cells(of_run))
+    print_row("real digits", "", "", *quality_cells([real]))
 
 
-def time_table():
-    """Print what digits are worth after more and more epochs, and how long these took."""
-    runs_table(OVER_TIME, (1, 2, 4, 8, 16), timed=True)
+def baselines_table():
+    """Print what digits of the baselines and of the recipe are worth after more and more epochs."""
+    runs_table(COMPARED, EPOCHS)
 
 
 def recipe_table():
@@ -357,7 +313,7 @@ def trials_table():
 MEASURED_NOW = {"training": training_speed, "sampling": sampling_speed, "floors": floor_table,
                 "guidance": guidance_table, "samplers": sampler_table,
                 "told_apart": told_apart_table}
-OF_RUNS = {"released": released_table, "time": time_table, "recipe": recipe_table,
+OF_RUNS = {"released": released_table, "baselines": baselines_table, "recipe": recipe_table,
            "trials": trials_table}
 
 

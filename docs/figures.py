@@ -26,7 +26,7 @@ from benchmark import GUIDANCE
 from common import REPOSITORY, generator, label_log_axis, replacing, run_script
 from generate import (DEFAULT_SAMPLER, SAMPLERS, clean_image_predictor, draw_grid, load_checkpoint,
                       noise_levels, sample, to_pixels, write_gif)
-from runs import RACE_FILE, RACERS, read_runs, rows_of
+from runs import EPOCHS, RACE_FILE, RACERS, read_runs, rows_of
 
 FOLDER = REPOSITORY / "docs/figures"
 SAMPLES = REPOSITORY / "generated_samples"
@@ -128,21 +128,15 @@ COLORS = {"A": "tab:gray", "B": "tab:olive", "C": "tab:green", "D": "tab:orange"
 
 
 def curves():
-    """Return {name: (epochs, minutes, distances)}: means over the runs of each baseline and ours.
-
-    They are those of the machine that most runs were done on.
-    """
+    """Return {name: (epochs, distances)}: means over the runs of each baseline and the recipe."""
     _, *rows = read_runs()
-    machine = statistics.mode(row["machine"] for row in rows)
-    rows = [row for row in rows if row["machine"] == machine]
     found = {}
     for name in COLORS:
         epochs = sorted({int(row["epochs"]) for row in rows if row["training"] == name})
         runs = [rows_of(rows, name, n) for n in epochs]
-        minutes = [statistics.mean(float(row["seconds"]) for row in run) / 60 for run in runs]
         distances = [statistics.mean(row["fid_classifier"] for row in run) for run in runs]
         if runs:
-            found[name] = epochs, minutes, distances
+            found[name] = epochs, distances
     return found
 
 
@@ -154,12 +148,12 @@ def quality_over_epochs():
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     measured = curves()
-    for name, (epochs, _, distances) in measured.items():
+    for name, (epochs, distances) in measured.items():
         axes.plot(epochs, distances, "o-", color=COLORS[name], lw=2)
         axes.annotate(name, (epochs[-1], distances[-1]), (8, 0), color=COLORS[name], size=14,
                       textcoords="offset points", weight="bold", va="center")
-    end, _, goal = (values[-1] for values in measured["D"])
-    epochs, _, distances = np.log(measured["recipe"])
+    end, goal = (values[-1] for values in measured["D"])
+    epochs, distances = np.log(measured["recipe"])
     sooner = np.exp(np.interp(-np.log(goal), -distances, epochs))
     axes.annotate("", (sooner, goal), (end, goal), arrowprops=dict(arrowstyle="->", lw=1.5,
                   color=matplotlib.rcParams["text.color"]))
@@ -181,16 +175,13 @@ def quality_over_epochs():
 
 
 def race_frame(epochs, rows):
-    """Return a picture: a row of ten digits for each {name: (images, minutes)}."""
+    """Return a picture: a row for each {name: ten digits (10, 1, 28, 28)}."""
     with style.context("dark_background"):
         figure = Figure(figsize=(8, 1.9), layout="constrained")
-        for axes, (name, (images, minutes)) in zip(figure.subplots(len(rows), 1), rows.items(),
-                                                   strict=True):
-            axes.imshow(draw_grid(torch.from_numpy(images), 10))
+        for axes, (name, digits) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
+            axes.imshow(draw_grid(torch.from_numpy(digits), 10))
             axes.set(xticks=[], yticks=[])
-            # figure spaces, as wide as digits, so that all frames are laid out alike
-            axes.set_ylabel(f"{name}\n{minutes:\u2007>2.0f} min", size=13, rotation=0, ha="right",
-                            va="center")
+            axes.set_ylabel(name, size=14, rotation=0, ha="right", va="center")
         figure.suptitle(f"after {epochs} epoch{'s' if epochs > 1 else ''}", size=14)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
@@ -199,11 +190,9 @@ def race_frame(epochs, rows):
 
 def race():
     """Write race.gif and race.png: ten digits of baseline D and of the recipe, run after run."""
-    measured = curves()
     with np.load(RACE_FILE) as digits:
-        frames = [race_frame(epochs, {name: (digits[f"{name}_{epochs}"], measured[name][1][place])
-                                      for name in RACERS})
-                  for place, epochs in enumerate(measured["recipe"][0])]
+        frames = [race_frame(epochs, {name: digits[f"{name}_{epochs}"] for name in RACERS})
+                  for epochs in EPOCHS]
     write_gif(FOLDER / "race.gif", frames, [1500] * (len(frames) - 1) + [4000])
     with replacing(FOLDER / "race.png") as file:
         frames[-1].save(file, format="png")

@@ -3,12 +3,12 @@
     python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
     python docs/runs.py trials    trials of other choices for the recipe: two hours
 
-These are runs of the recipe, of ablations, which lack one or a few of its choices, and of the
-baselines A to D, each with several seeds. A run that the file has is not done again. So it can grow
-over several sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can
-share the work if each has seeds of its own. "python docs/benchmark.py time", "recipe" and "trials"
-print the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the recipe,
-to be drawn side by side.
+These are runs of the recipe, of ablations, which lack one of its choices, and of the baselines A to
+D, each with several seeds. A run that the file has is not done again. So it can grow over several
+sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can share the
+work if each has seeds of its own. "python docs/benchmark.py baselines", "recipe" and "trials" print
+the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the recipe, to be
+drawn side by side.
 
 Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
 is docs/tables/trials.csv. So the test images judge new choices, but do not make them.
@@ -24,7 +24,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +46,7 @@ RACE_FILE = REPOSITORY / "docs/tables/race.npz"
 N_SAMPLES = 10_000
 BATCH_SIZE = 64
 SEEDS = 3
+EPOCHS = 1, 2, 4, 8, 16
 RACERS = "D", "recipe"
 METRICS = "accuracy", "fid_classifier", "precision", "recall"
 
@@ -230,9 +230,9 @@ class Run(NamedTuple):
 #
 # Where the learning rate is constant, one run passes through all epochs. Where it decays over a
 # run, each number of epochs is a run of its own.
-RUNS = [*(Run(name, (epochs,)) for epochs in (1, 2, 4, 8, 16) for name in RACERS),
+RUNS = [*(Run(name, (epochs,)) for epochs in EPOCHS for name in RACERS),
         *(Run(name, (2,)) for name in ABLATIONS if name != "recipe"), Run("no_guidance", (8,)),
-        Run("A", (2, 4, 8, 16)), Run("C", (2, 4, 8, 16))]
+        Run("A", EPOCHS[1:]), Run("C", EPOCHS[1:])]
 TRIAL_RUNS = [*(Run(name, (2,)) for name in ("recipe", *TRIALS)),
               *(Run(name, (8,)) for name in ("recipe", "guided_longer_0.45"))]
 
@@ -261,20 +261,12 @@ def make_scorer(device, n_samples, trials=False):
 
 
 def networks(run, seed, images, labels):
-    """Yield (epoch, {name: network}, seconds) after each epoch in run.epochs.
-
-    seconds: of training so far, its start-up included.
-    """
+    """Yield (epoch, {name: network}) after each epoch in run.epochs."""
     settings = train.Settings(n_epochs=run.epochs[-1], batch_size=BATCH_SIZE, seed=seed)
     train_one = train_baseline if run.name in BASELINES else train_ablation
-    seconds, start = 0.0, time.perf_counter()
     for epoch, trained in enumerate(train_one(run.name, settings, images, labels), start=1):
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
         if epoch in run.epochs:
-            yield epoch, trained, seconds
-        start = time.perf_counter()
+            yield epoch, trained
 
 
 def read_runs(path=RUNS_FILE):
@@ -291,9 +283,9 @@ def rows_of(rows, name, epoch):
     return [row for row in rows if (row["training"], row["epochs"]) == (name, str(epoch))]
 
 
-def new_row(training, scores, here, epochs="", seed="", seconds=""):
+def new_row(training, scores, here, epochs="", seed=""):
     """Return a row of runs.csv; here: what conditions returns."""
-    return dict(training=training, epochs=epochs, seed=seed, seconds=seconds,
+    return dict(training=training, epochs=epochs, seed=seed,
                 **{metric: scores[metric] for metric in METRICS}, **here)
 
 
@@ -332,11 +324,10 @@ def record_runs(path, runs, device, seeds, trials=False):
             continue
         predictor = predictor_by_noise if run.name in BASELINES else clean_image_predictor
         rows = []
-        for epoch, trained, seconds in networks(run, seed, images, labels):
+        for epoch, trained in networks(run, seed, images, labels):
             for name, network in trained.items():
                 digits = sample(network, wanted, seed=seed, predictor=predictor)[-1]
-                scores = score(digits)
-                rows.append(new_row(name, scores, here, epoch, seed, f"{seconds:.1f}"))
+                rows.append(new_row(name, score(digits), here, epoch, seed))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
                 if name in RACERS and (path, seed) == (RUNS_FILE, 0):
                     keep_for_race(name, epoch,

@@ -2,7 +2,6 @@
 import functools
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,23 +140,6 @@ def test_adam_alone_moves_the_kernels_that_muon_had(ablation):
         assert not p.equal(q)
 
 
-def test_the_seconds_of_a_run_are_of_training_alone(monkeypatch):
-    clock, found = SimpleNamespace(now=0), []
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def epochs(*arguments):
-        for _ in range(3):
-            clock.now += 10
-            yield None
-
-    monkeypatch.setattr(runs, "train_baseline", epochs)
-    run = runs.Run("A", (1, 3))
-    for epoch, _, seconds in runs.networks(run, 0, torch.zeros(1), None):
-        found.append((epoch, seconds))
-        clock.now += 1000  # its digits are judged
-    assert found == [(1, 10), (3, 30)]
-
-
 def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_model, small_mnist,
                                                        monkeypatch):
     path, race, begun = tmp_path / "runs.csv", tmp_path / "race.npz", []
@@ -170,7 +152,7 @@ def test_a_run_is_done_once_and_anew_if_it_was_stopped(tmp_path, small_model, sm
         begun.append((run.name, seed))
         for epoch in run.epochs:
             names = ["A", "B"] if run.name == "A" else [run.name]
-            yield epoch, dict.fromkeys(names, small_model), 1
+            yield epoch, dict.fromkeys(names, small_model)
             if begun == [("recipe", 0), ("A", 0)]:
                 raise KeyboardInterrupt
 
