@@ -51,7 +51,7 @@ def test_the_readmes_first_table_is_of_the_runs(name, epochs):
                                  (REPOSITORY / "docs/tables/training.md").read_text())
     images_per_second = int((plain if name == "D" else training).replace(",", ""))
     minutes = epochs * 60_000 / images_per_second / 60
-    assert (f"| {epochs} epochs | {minutes:.0f} | {100 * accuracy:.1f} % | {distance:.3f} |"
+    assert (f"| {epochs} epochs, {minutes:.0f} min | {100 * accuracy:.1f} % | {distance:.3f} |"
             in README)
 
 
