@@ -4,7 +4,7 @@
     python docs/benchmark.py sampling    digits a second: minutes
     python docs/benchmark.py floors      distances among real digits: a minute
     python docs/benchmark.py guidance    digits at several guidance scales: a quarter hour
-    python docs/benchmark.py samplers    Frechet distance of every sampler: half an hour
+    python docs/benchmark.py samplers    Fréchet distance of every sampler: half an hour
     python docs/benchmark.py told_apart  a network that tells generated digits from real ones: hours
     python docs/benchmark.py released    metrics of the released run
     python docs/benchmark.py baselines   digits of baselines and of the recipe, by epochs
@@ -64,7 +64,7 @@ def with_deviation(values, form):
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
-QUALITY = "accuracy", "Frechet distance", "precision", "recall"  # the columns
+QUALITY = "accuracy", "Fréchet distance", "precision", "recall"  # the columns
 
 
 def quality_cells(scores):
@@ -143,7 +143,7 @@ def sampling_speed(device, checkpoint_path=RELEASED):
 # ---- quality ----
 @judging()
 def floor_table(device):
-    """Print the Frechet distances of 5,000 real digits from 5,000 test images."""
+    """Print the Fréchet distances of 5,000 real digits from 5,000 test images."""
     classifier = load_classifier(device)
     test_images, test_labels = train.load_mnist("test", device=device)
     order = test_labels.argsort(stable=True)  # so that both halves have as many of each digit
@@ -154,7 +154,7 @@ def floor_table(device):
         return classify(classifier, mnist_pixels(images))[0]
 
     print("All digits are in the same proportions.\n")
-    print_header("to half of the test images", "Frechet distance")
+    print_header("to half of the test images", "Fréchet distance")
     for name, images in (("the other 5,000 test images", test_images[other_half]),
                          ("5,000 training images", train_images)):
         distance = frechet_distance(features(images), features(test_images[half]))
@@ -179,7 +179,7 @@ def guidance_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEE
 
 def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEEDS,
                   steps=(5, 12, 50)):
-    """Print the Frechet distance of every sampler's digits."""
+    """Print the Fréchet distance of every sampler's digits."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, real = make_scorer(device, n_samples)
 
@@ -188,7 +188,7 @@ def sampler_table(device, checkpoint_path=RELEASED, n_samples=10_000, seeds=SEED
                      for seed in range(seeds)]
         return with_deviation(distances, ".4f")
 
-    print(f"Frechet distance of {n_samples:,} digits, {seeds} seeds. As many training images have "
+    print(f"Fréchet distance of {n_samples:,} digits, {seeds} seeds. As many training images have "
           f"{real['fid_classifier']:.4f}.\n")
     print_header("sampler", *(f"{n_steps} steps" for n_steps in steps))
     for name in SAMPLERS:

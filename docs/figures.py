@@ -141,7 +141,7 @@ def curves():
 
 
 def quality_over_epochs():
-    """Return the Frechet distance against the epochs of training.
+    """Return the Fréchet distance against the epochs of training.
 
     An arrow shows how many fewer the recipe needs for the distance at which baseline D ends.
     """
@@ -166,7 +166,7 @@ def quality_over_epochs():
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("epochs of training", size=13)
-    axes.set_ylabel("Frechet distance", size=13)
+    axes.set_ylabel("Fréchet distance", size=13)
     axes.tick_params(labelsize=12)
     axes.xaxis.set_major_formatter("{x:g}")
     label_log_axis(axes.yaxis)

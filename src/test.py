@@ -136,7 +136,7 @@ def share(condition):
 
 
 def frechet_distance(a, b):
-    """Return the squared Frechet distance of Gaussians fitted to a (N, D) and b (M, D).
+    """Return the squared Fréchet distance of Gaussians fitted to a (N, D) and b (M, D).
 
     |mean_a - mean_b|^2 + trace(C_a + C_b - 2 sqrt(C_a C_b)) (Heusel et al. 2017), in float64. The
     trace of the root comes from the eigenvalues of the symmetric sqrt(C_a) C_b sqrt(C_a), which
@@ -163,7 +163,7 @@ def share_inside(points, centres, k=3):
 
     A centre's radius is its distance to the k-th nearest other centre. With generated points and
     real centres this is the precision, with real points and generated centres the recall
-    (Kynkaanniemi et al. 2019, eq. 1 and 2).
+    (Kynkäänniemi et al. 2019, eq. 1 and 2).
     """
     points, centres = points.double(), centres.double()
     radii, _ = kth_nearest(centres, centres, k + 1)  # the nearest is the centre itself
@@ -298,7 +298,7 @@ def print_rows(first, rows):
 
 
 def plot_metrics(path, real, evaluations):
-    """Draw MSE and Frechet distances against the epoch.
+    """Draw MSE and Fréchet distances against the epoch.
 
     real: the row of real digits; evaluations: a list of rows for each epoch.
     """
@@ -439,7 +439,7 @@ def fitting_labels(labels, test_labels):
 def evaluate_digits(path, device):
     """Print the metrics of the digits in an .npz file, below those of as many real ones.
 
-    A Frechet distance depends on the mixture of digits. So where there are labels, as many digits
+    A Fréchet distance depends on the mixture of digits. So where there are labels, as many digits
     are compared as can be taken in the proportions of the test set.
     """
     images, labels = load_digits(path)

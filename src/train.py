@@ -306,7 +306,7 @@ def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
     1. Where the target is black, a prediction darker than black is no error, and likewise for
        white (see Settings.clamp).
     2. In the guided interval the target is not x_0 but x_0 + w (x_label - x_null): model guidance
-       (Tang et al. 2025, eq. 18; in an interval: Kynkaanniemi et al. 2024).
+       (Tang et al. 2025, eq. 18; in an interval: Kynkäänniemi et al. 2024).
 
     Both concern x_0, so the error of v is computed as that of x_0, divided by sigma_t.
 

@@ -57,7 +57,7 @@ def test_tables_of_runs_are_their_means(tmp_path, monkeypatch, capsys):
         row("A", 2, 0.2), row("A", 2, 0.4, machine="A"),
         row("recipe", 2, 0.5), row("recipe", 2, 0.7),
         row("no_decay", 2, 0.3, machine="C", date="2")])
-    columns = "accuracy | Frechet distance | precision | recall"
+    columns = "accuracy | Fréchet distance | precision | recall"
     one, two = "1.0000 | 0.500 | 0.250", "1.0000 ± 0.0000 | 0.500 ± 0.000 | 0.250 ± 0.000"
     benchmark.main(["baselines"])
     assert capsys.readouterr().out == f"""\

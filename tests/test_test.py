@@ -101,7 +101,7 @@ def test_latent_features_are_the_bottleneck_of_clean_images(small_model, mnist):
                                seen[0].mean(dim=(2, 3)))
 
 
-# ---- Frechet distance ----
+# ---- Fréchet distance ----
 def reference_distance(a, b):
     a, b = a.double().numpy(), b.double().numpy()
     return calculate_frechet_distance(a.mean(0), np.cov(a, rowvar=False),
@@ -141,7 +141,7 @@ def test_distance_is_zero_only_for_equals_and_ignores_order():
 
 # ---- precision and recall ----
 def slow_share_inside(points, centres, k):
-    """Kynkaanniemi et al. 2019, eq. 1, word for word: the mean of f(phi, Phi) over points phi."""
+    """Kynkäänniemi et al. 2019, eq. 1, word for word: the mean of f(phi, Phi) over points phi."""
     def f(phi):
         for i, centre in enumerate(centres):
             others = np.delete(centres, i, axis=0)
