@@ -194,8 +194,9 @@ def add_device_flag(parser):
 
 def make_parser(description):
     """Return a parser with the flags that all scripts have: --root and --device."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0],
-                                     usage=argparse.SUPPRESS)  # so that errors take one line
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0], allow_abbrev=False,
+        usage=argparse.SUPPRESS)  # so that errors take one line
     add_flag(parser, "root", "folder of checkpoints, generated_samples and datas", Path(),
              type=Path)
     add_device_flag(parser)

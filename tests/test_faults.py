@@ -38,6 +38,7 @@ def contents(folder):
     (generate.main, "--out digits.jpg", "--out"),
     (generate.main, "--out /dev/null/digits.npz", "/dev/null"),
     (test.main, "--n_samples 1999", "from 2000"),
+    (test.main, "--seed 3", "--seed"),
 ])
 def test_bad_flags(main, flags, named, tmp_path, capsys):
     assert named in error_of(main, ["--root", str(tmp_path), *flags.split(" ")], capsys)
