@@ -1,4 +1,4 @@
-"""Draw the pages' pictures, from the released weights and docs/tables/runs.csv: a minute.
+"""Draw the pages' pictures, from the released weights and the runs in docs/tables: a minute.
 
     python docs/figures.py
 
@@ -157,7 +157,7 @@ def quality_over_epochs():
     sooner = np.exp(np.interp(-np.log(goal), -distances, epochs))
     axes.annotate("", (sooner, goal), (end, goal), arrowprops=dict(arrowstyle="->", lw=1.5,
                   color=matplotlib.rcParams["text.color"]))
-    axes.annotate(f"{end / sooner:.1f}x fewer epochs", (sooner, goal), (6, 6),
+    axes.annotate(f"{end / sooner:.0f}x fewer epochs", (sooner, goal), (6, 6),
                   textcoords="offset points", size=13)
     real, *_ = read_runs()
     axes.axhline(real["fid_classifier"], color="tab:gray", ls="--")

@@ -4,11 +4,11 @@
     python docs/runs.py trials    trials of other choices for the recipe: two hours
 
 These are runs of the recipe, of ablations, which lack one of its choices, and of the baselines A to
-D, each with several seeds. A run that the file has is not done again. So it can grow over several
-sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can share the
-work if each has seeds of its own. "python docs/benchmark.py baselines", "recipe" and "trials" print
-the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the recipe, to be
-drawn side by side.
+D, each with several seeds. A run that the file has is not done again. So the file can grow over
+several sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can
+share the work if each has seeds of its own. "python docs/benchmark.py baselines", "recipe" and
+"trials" print the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the
+recipe, to be drawn side by side.
 
 Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
 is docs/tables/trials.csv. So the test images judge new choices, but do not make them.
@@ -344,7 +344,7 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=["runs", "trials"], default="runs")
     args = parser.parse_args(argv)
     prepare_folder(RUNS_FILE.parent)
-    device = train.start_processes(args.device)
+    device = train.join_processes(args.device)
     if args.what == "trials":
         record_runs(TRIALS_FILE, TRIAL_RUNS, device, args.seeds, trials=True)
     else:

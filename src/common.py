@@ -95,7 +95,7 @@ def generator(device, *key):
 def prepare_folder(folder):
     """Make the folder. Raises UserError where no file can be made in it.
 
-    A script calls this first, so that no result is lost because it cannot be written.
+    Called before the work, so that no result is lost because it cannot be written.
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def label_log_axis(axis, multiples=(1, 2, 5)):
 # ---- flags ----
 def bounded(convert, minimum, maximum=10**9):
     """Return an argparse type: convert, int or float, refusing what is out of bounds."""
-    def number(text):  # a text that cannot be converted is an "invalid number value" to argparse
+    def number(text):  # argparse names it in "invalid number value"
         value = convert(text)
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"must be from {minimum} to {maximum}, not {text}")

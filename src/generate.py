@@ -149,7 +149,7 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
         raise UserError(f"steps must be at most the model's {config['time_steps']} time steps, not "
                         f"{steps}")
     levels = noise_levels(config["time_steps"], steps)
-    framed = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
+    shown_steps = {steps * (frame + 1) // n_frames for frame in range(n_frames)}
     shape = CHUNK_SIZE, config["channels"], config["image_size"], config["image_size"]
     chunks = labels.split(CHUNK_SIZE)
     images = []
@@ -162,7 +162,7 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
             frames = []
             sampling = chosen.function(predict_x_0, noise, levels, rng, chosen.eta)
             for step, x_t in enumerate(sampling, start=1):
-                if step in framed:
+                if step in shown_steps:
                     frames.append(to_pixels(x_t[:len(chunk)]).cpu())
                 bar.update()
             images.append(torch.stack(frames))
@@ -171,7 +171,7 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
 
 def choose_labels(n_samples, labels=None, seed=0):
     """Return labels (N,) int64: those given, again and again, or digits that the seed draws."""
-    if labels is None or len(labels) == 0:
+    if labels is None:
         return torch.from_numpy(np.random.default_rng(seed).integers(10, size=n_samples))
     return torch.from_numpy(np.resize(labels, n_samples)).long()
 
@@ -303,15 +303,15 @@ def generation_parser():
 def write_digits(path, model, n_samples, labels, seed, **settings):
     """Write digits to a .gif or .npz file; the arguments are those of generate_samples."""
     prepare_folder(path.parent)
-    chosen = choose_labels(n_samples, labels, seed)
-    frames = sample(model, chosen, seed=seed, n_frames=50 if path.suffix == ".gif" else 1,
+    all_labels = choose_labels(n_samples, labels, seed)
+    frames = sample(model, all_labels, seed=seed, n_frames=50 if path.suffix == ".gif" else 1,
                     **settings)
     if path.suffix == ".gif":
         columns = count_columns(n_samples, labels)
         write_gif(path, [draw_grid(images, columns) for images in frames],
                   [120] * (len(frames) - 1) + [3000])
     else:
-        write_npz(path, frames[-1], chosen)
+        write_npz(path, frames[-1], all_labels)
 
 
 def main(argv=None):

@@ -38,11 +38,12 @@ class Classifier(nn.Module):
     """(B, 1, 28, 28) in [-1, 1] -> (B, 10) logits. Its features (B, 128) are what is compared."""
 
     def __init__(self):
+        super().__init__()
+
         def conv(c_in, c_out):
             return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
                     nn.ReLU()]
 
-        super().__init__()
         self.features = nn.Sequential(
             *conv(1, 32), *conv(32, 32), nn.MaxPool2d(2),
             *conv(32, 64), *conv(64, 64), nn.MaxPool2d(2),
@@ -194,6 +195,19 @@ def noise_mse(model, images, labels, batch_size=256):
     return total / len(images)
 
 
+# ---- labels ----
+def spread_labels(labels, n_samples):
+    """Return n_samples labels, in order, in the proportions of the labels given."""
+    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
+    return labels.sort().values[places]
+
+
+def pick_images(images, labels, wanted):
+    """Return the first images of each digit, as many as there are in wanted (N,), in order."""
+    counts = wanted.bincount(minlength=10).tolist()
+    return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
+
+
 # ---- evaluation ----
 @contextlib.contextmanager
 def judging():
@@ -256,18 +270,6 @@ def make_judge(image_size, channels, device):
     """Return the Judge of digits of this size and number of channels."""
     train, test = (load_mnist(part, image_size, channels, device) for part in ("train", "test"))
     return Judge(load_classifier(device), train, test)
-
-
-def spread_labels(labels, n_samples):
-    """Return n_samples labels, in order, in the proportions of the labels given."""
-    places = torch.arange(n_samples, device=labels.device) * len(labels) // n_samples
-    return labels.sort().values[places]
-
-
-def pick_images(images, labels, wanted):
-    """Return the first images of each digit, as many as there are in wanted (N,), in order."""
-    counts = wanted.bincount(minlength=10).tolist()
-    return torch.cat([images[labels == digit][:count] for digit, count in enumerate(counts)])
 
 
 # ---- output ----

@@ -49,7 +49,7 @@ class Settings:
     n_epochs: int = setting(1000, "passes over the training images", type=bounded(int, 1))
     save_every: int = setting(10, "epochs between checkpoints", type=bounded(int, 1))
     batch_size: int = setting(256, "images in a step", type=bounded(int, 1, 60_000))
-    image_size: int = setting(28, "pixels a side, a multiple of 4", type=bounded(int, 4, 256))
+    image_size: int = setting(28, "pixels a side, a multiple of 4", type=int)
     channels: int = setting(1, "1: grey; 3: RGB, all the same", type=int, choices=(1, 3))
     time_steps: int = setting(1000, "T, the steps of the diffusion", type=bounded(int, 21, 10_000))
     width: int = setting(32, "channels at half resolution; doubled at quarter resolution",
@@ -90,7 +90,7 @@ class Settings:
     muon_momentum: float = setting(0.95, "Nesterov momentum of Muon", type=bounded(float, 0, 1))
     max_norm: float = setting(1.0, "gradients are clipped to this norm",
                               type=bounded(float, 0, math.inf))
-    ema_decay: float = setting(0.9999, "decay of the EMA of the weights, at most",
+    ema_decay: float = setting(0.9999, "the EMA's decay rises to this",
                                type=bounded(float, 0, 1))
 
     def __post_init__(self):
@@ -216,9 +216,10 @@ class SimpleUnet(nn.Module):
         self.config = dict(image_size=image_size, channels=channels, time_steps=time_steps,
                            widths=widths)
         half, quarter = widths  # channels at H/2 and at H/4
-        emb = 4 * half
-        self.time_mlp = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label_embedding = nn.Embedding(NULL_LABEL + 1, emb)
+        emb_width = 4 * half
+        self.time_mlp = nn.Sequential(nn.Linear(64, emb_width), nn.SiLU(),
+                                      nn.Linear(emb_width, emb_width))
+        self.label_embedding = nn.Embedding(NULL_LABEL + 1, emb_width)
         self.conv_in = convolution(4 * channels, half)
         self.down1 = ResBlock(half, half)
         self.downsample = convolution(half, half, stride=2)
@@ -233,9 +234,9 @@ class SimpleUnet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         # One layer makes the scales and the shifts of all blocks.
-        self.sizes = [2 * block.conv2.out_channels for block in self.children()
-                      if isinstance(block, ResBlock)]
-        self.scale_shifts = nn.Linear(emb, sum(self.sizes))
+        self.scale_shift_sizes = [2 * block.conv2.out_channels for block in self.children()
+                                  if isinstance(block, ResBlock)]
+        self.scale_shifts = nn.Linear(emb_width, sum(self.scale_shift_sizes))
 
     def embed(self, t, labels):
         """(B,), (B,) -> eight tensors (B, 2 c, 1, 1): what t and the label tell each block.
@@ -244,9 +245,9 @@ class SimpleUnet(nn.Module):
         """
         frequencies = 10000 ** -torch.linspace(0, 1, 32, device=t.device)
         angles = t[:, None] * (1000 / self.config["time_steps"]) * frequencies
-        time = self.time_mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
-        emb = F.silu(time + self.label_embedding(labels))
-        return self.scale_shifts(emb)[:, :, None, None].split(self.sizes, dim=1)
+        time_emb = self.time_mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        emb = F.silu(time_emb + self.label_embedding(labels))
+        return self.scale_shifts(emb)[:, :, None, None].split(self.scale_shift_sizes, dim=1)
 
     def encode(self, x_t, scale_shifts):
         """Return the bottleneck (B, quarter, H/4, W/4) and the tensors of the skip connections."""
@@ -534,7 +535,7 @@ def save_state(state, root):
 def load_state(root, device):
     """Return the State that save_state wrote.
 
-    Raises UserError where it is missing, damaged or of an earlier version.
+    Raises UserError where it is missing, damaged, or has other weights or unknown settings.
     """
     path = root / LATEST
     advice = "start a run without --resume, or choose another --root"
@@ -568,13 +569,9 @@ def epoch_batches(settings, epoch, n_images, device):
     return order.split(settings.batch_size)[:n_images // settings.batch_size]
 
 
-def end_epoch(state, steps, start):
-    """Log the finished epoch and reset its sums.
-
-    steps: how many it had; start: time.perf_counter() when it began, earlier by the seconds that it
-    took before a resume.
-    """
-    loss = state.total_loss.item() / steps  # waits for a GPU to end the epoch's last steps
+def end_epoch(state, steps_per_epoch, start):
+    """Log the finished epoch, which began at time.perf_counter() = start, and reset its sums."""
+    loss = state.total_loss.item() / steps_per_epoch  # waits for a GPU's last steps
     seconds = time.perf_counter() - start
     state.log.append(dict(epoch=len(state.log) + 1, loss=round(loss, 6),
                           seconds=round(seconds, 3)))
@@ -588,34 +585,34 @@ def train(state, images, labels, root, signals):
     It saves the state and returns once the list signals is not empty.
     """
     settings = state.settings
-    writes = state.rank == 0
-    steps = len(images) // settings.batch_size  # of an epoch
-    total_steps = settings.n_epochs * steps
+    is_first_process = state.rank == 0  # it alone writes
+    steps_per_epoch = len(images) // settings.batch_size
+    total_steps = settings.n_epochs * steps_per_epoch
     last_save = -math.inf  # saves before the first step, so an unwritable root fails at once
     with tqdm(total=total_steps * settings.batch_size, unit=" images", unit_scale=True,
-              initial=state.steps_taken * settings.batch_size, disable=not writes) as bar:
+              initial=state.steps_taken * settings.batch_size, disable=not is_first_process) as bar:
         while len(state.log) < settings.n_epochs:
             epoch = len(state.log)
             bar.set_description(f"epoch {epoch + 1}/{settings.n_epochs}")
-            start = time.perf_counter() - state.seconds
+            start = time.perf_counter() - state.seconds  # as if it had never been stopped
             batches = epoch_batches(settings, epoch, len(images), images.device)
-            already_taken = state.steps_taken - epoch * steps  # not 0 after a resume
+            already_taken = state.steps_taken - epoch * steps_per_epoch  # not 0 after a resume
             for batch in batches[already_taken:]:
                 state.seconds = time.perf_counter() - start
                 if signals:
                     save_state(state, root)
                     return
-                if writes and time.perf_counter() - last_save > SAVE_INTERVAL:
+                if is_first_process and time.perf_counter() - last_save > SAVE_INTERVAL:
                     save_state(state, root)
                     last_save = time.perf_counter()
                 take_step(state, images[batch], labels[batch], total_steps)
                 bar.update(settings.batch_size)
-            end_epoch(state, steps, start)
+            end_epoch(state, steps_per_epoch, start)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.4f}")
-            if writes and (len(state.log) % settings.save_every == 0
-                           or len(state.log) == settings.n_epochs):
+            if is_first_process and (len(state.log) % settings.save_every == 0
+                                     or len(state.log) == settings.n_epochs):
                 save_checkpoint(state, root)
-        if writes:
+        if is_first_process:
             save_state(state, root)
 
 
@@ -642,8 +639,10 @@ def refuse_overwriting(root):
     if latest.exists():
         raise UserError(f"{latest} is of an earlier run: continue it with --resume, remove it, or "
                         "choose another --root")
-    for path in epoch_checkpoints(root).values():
-        raise UserError(f"{path} is of an earlier run: remove it, or choose another --root")
+    checkpoints = [*epoch_checkpoints(root).values()]
+    if checkpoints:
+        raise UserError(f"{checkpoints[0]} is of an earlier run: remove it, or choose another "
+                        "--root")
 
 
 def start_state(args, device):
@@ -664,7 +663,7 @@ def start_state(args, device):
     return state
 
 
-def start_processes(device):
+def join_processes(device):
     """Join the processes that torchrun has started, if it has. Return this process's device.
 
     A GPU is made the current device, on which streams and graphs are created.
@@ -686,25 +685,27 @@ def catch_signals():
 
     With several processes nothing is caught: they would have to agree at every step.
     """
+    caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+    usual = {number: signal.getsignal(number) for number in caught}
     signals = []
 
     def note(number, frame):
         signals.append(number)
-        signal.signal(number, handlers[number])
+        signal.signal(number, usual[number])
 
-    caught = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, note) for number in caught}
+    for number in caught:
+        signal.signal(number, note)
     try:
         yield signals
     finally:
-        for number, handler in handlers.items():
+        for number, handler in usual.items():
             signal.signal(number, handler)
 
 
 def main(argv=None):
     """Train. Return None or, where a signal ended the run, 128 + its number."""
     args = training_parser().parse_args(argv)
-    device = start_processes(args.device)
+    device = join_processes(args.device)
     state = start_state(args, device)
     settings = state.settings
     if settings.batch_size % state.processes:

@@ -22,8 +22,8 @@ def test_benchmark_of_training(monkeypatch, capsys):
     commit = r"Commit (\w{7,}|unknown)( \(changed\))? of src"
     assert re.match(commit + r"; \d+ threads? of a CPU", printed)
     names = re.findall(r"^\| (.+?) \| [\d,]+ images/s \|", printed, re.MULTILINE)
-    assert names == ["training", "plain DDPM"]
-    assert re.search(r"Training is \d+\.\d+ times as fast as plain DDPM", printed)
+    assert names == ["the recipe", "baseline D"]
+    assert re.search(r"the recipe trains \d+\.\d+ times as fast as D", printed)
 
 
 @pytest.mark.parametrize("what, rows", [

@@ -1,10 +1,8 @@
 """common.py: errors, random numbers, files."""
 import pytest
 import torch
-from conftest import read_csv
 
-from common import (UserError, explain_read_errors, generator, load_tensors, prepare_folder,
-                    replacing, run_script, save_tensors, seed_for, write_csv)
+from common import UserError, explain_read_errors, generator, replacing, run_script, seed_for
 
 CPU = torch.device("cpu")
 
@@ -44,29 +42,3 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_is_made_or_said_to_be_no_place_to_write(tmp_path):
-    prepare_folder(tmp_path / "a/b")
-    assert (tmp_path / "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/b"):
-        prepare_folder(tmp_path / "file/b")
-
-
-def test_tensors_can_be_read_back_unless_a_bit_has_changed(tmp_path):
-    path = tmp_path / "a/tensors.pth"
-    save_tensors(path, {"values": torch.arange(1000), "epoch": 3})
-    content = load_tensors(path)
-    assert content["values"].equal(torch.arange(1000)) and content["epoch"] == 3
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="check sum is wrong"):
-        load_tensors(path)
-
-
-def test_csv_can_be_read_back(tmp_path):
-    write_csv(tmp_path / "a/log.csv", [{"epoch": 1, "note": "a, b"}, {"epoch": 2, "note": ""}])
-    assert read_csv(tmp_path / "a/log.csv") == [{"epoch": "1", "note": "a, b"},
-                                                {"epoch": "2", "note": ""}]

@@ -47,9 +47,9 @@ def test_the_readmes_first_table_is_of_the_runs(name, epochs):
     rows = rows_of(read_runs(), name, epochs)
     accuracy, distance = (statistics.mean(row[column] for row in rows)
                           for column in ("accuracy", "fid_classifier"))
-    training, plain = re.findall(r"([\d,]+) images/s",
+    recipe, baseline = re.findall(r"([\d,]+) images/s",
                                  (REPOSITORY / "docs/tables/training.md").read_text())
-    images_per_second = int((plain if name == "D" else training).replace(",", ""))
+    images_per_second = int((baseline if name == "D" else recipe).replace(",", ""))
     minutes = epochs * 60_000 / images_per_second / 60
     assert (f"| {epochs} epochs, {minutes:.0f} min | {100 * accuracy:.1f} % | {distance:.3f} |"
             in README)
@@ -87,7 +87,7 @@ def anchors(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_what_a_page_links_to_exists(page):
     links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text())
-    links += re.findall(r'src="([^"]+)"', page.read_text())
+    links += re.findall(r'src(?:set)?="([^"]+)"', page.read_text())
     for link in links:
         if "://" not in link:
             path, _, anchor = link.partition("#")

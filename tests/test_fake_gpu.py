@@ -92,7 +92,7 @@ def take_steps(state):
     for batch in train.epoch_batches(state.settings, 0, 1000, CUDA)[:2]:
         assert batch.device == CUDA
         train.take_step(state, on_gpu(1000, 1, 28, 28, dtype=torch.uint8)[batch],
-                            on_gpu(1000, dtype=torch.int64)[batch], 10)
+                        on_gpu(1000, dtype=torch.int64)[batch], 10)
 
 
 def test_training_stays_on_the_gpu(state):

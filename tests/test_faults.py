@@ -71,12 +71,6 @@ def test_more_steps_than_the_model_has(small_model, tmp_path, capsys):
 
 
 # ---- checkpoints and states ----
-@pytest.fixture
-def stopped(finished, tmp_path):
-    """The folder of a run of one epoch."""
-    return shutil.copytree(finished, tmp_path / "stopped")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -85,6 +79,12 @@ def finished(tmp_path_factory):
         flags = "--n_epochs 1 --batch_size 64 --device cpu".split()
         train.main(["--root", str(folder), *flags])
     return folder
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """The folder of a run of one epoch."""
+    return shutil.copytree(finished, tmp_path / "stopped")
 
 
 def truncated(path):
@@ -139,15 +139,14 @@ def of_other_settings(path):
     torch.save(content, path)
 
 
-@pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
 @pytest.mark.parametrize("damage", [
     truncated, one_bit_flipped, empty, foreign, text, list_of_numbers, hostile, folder,
     of_another_network])
-def test_damaged_checkpoint(main, damage, small_model, tmp_path, monkeypatch, capsys):
+def test_damaged_checkpoint(damage, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_10.pth", small_model, 10)
     damage(path)
-    assert str(path) in error_of(main, ["--root", str(tmp_path)], capsys)
+    assert str(path) in error_of(generate.main, ["--root", str(tmp_path)], capsys)
     assert not (tmp_path / "executed").exists()
 
 
@@ -158,11 +157,10 @@ def test_missing_checkpoint(main, tmp_path, capsys):
     assert str(path) in error_of(main, flags, capsys)
 
 
-@pytest.mark.parametrize("main", [generate.main, test.main], ids=["generate", "test"])
-def test_a_checkpoint_of_an_earlier_version(main, small_model, tmp_path, capsys):
+def test_a_checkpoint_of_an_earlier_version(small_model, tmp_path, capsys):
     path = write_checkpoint(tmp_path / "x.pth", small_model, 10, config=small_model.config)
     flags = ["--root", str(tmp_path), "--checkpoint_path", str(path)]
-    message = error_of(main, flags, capsys)
+    message = error_of(generate.main, flags, capsys)
     assert str(path) in message and "earlier versions" in message
 
 
@@ -231,7 +229,6 @@ IMAGES, LABELS = np.zeros((2000, 28, 28), np.uint8), np.arange(2000) % 10
 @pytest.mark.parametrize("arrays, named", [
     ((IMAGES[:1999],), "1,999"),
     ((IMAGES.astype(np.float32),), "float32"),
-    ((np.full((2000, 28, 28), np.nan),), "float64"),
     ((IMAGES[:, :14],), "(2000, 14, 28)"),
     ((IMAGES.reshape(2000, 784),), "(2000, 784)"),
     ((np.zeros((2000, 28, 28, 2), np.uint8),), "(2000, 28, 28, 2)"),
@@ -279,7 +276,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(main, name, t
 # ---- runs ----
 def test_checkpoints_of_different_models_in_one_root(small_model, small_mnist, tmp_path, capsys):
     folder = tmp_path / "checkpoints"
-    first = write_checkpoint(folder / "diffusion_epoch_10.pth", train.SimpleUnet(time_steps=200), 1)
+    other = train.SimpleUnet(time_steps=200)
+    first = write_checkpoint(folder / "diffusion_epoch_10.pth", other, 10)
     write_checkpoint(folder / "diffusion_epoch_20.pth", small_model, 20)
     flags = ["--root", str(tmp_path), "--n_samples", "2000"]
     assert str(first) in error_of(test.main, flags, capsys)

@@ -215,7 +215,7 @@ def test_grid_shows_every_image_in_order():
 def make(request, tmp_path):
     """A function that returns the path of 13 digits that 'generate.py' has drawn.
 
-    more: flags; without any, it is the grid.
+    out: the file to write; without it, the grid.
     """
     torch.manual_seed(0)
     model = train.SimpleUnet(channels=request.param, widths=(8, 16))

@@ -65,10 +65,10 @@ def test_normalize_is_group_normalization_with_one_group():
 
 def test_unet_sees_image_time_and_label(small_model):
     x, t, labels = torch.randn(1, 1, 28, 28), torch.tensor([500]), torch.tensor([3])
-    eps = small_model(x, t, labels)
+    v = small_model(x, t, labels)
     for other in (small_model(x + 0.1, t, labels), small_model(x, t + 1, labels),
                   small_model(x, t, labels + 1)):
-        assert (other - eps).abs().max() > 1e-3
+        assert (other - v).abs().max() > 1e-3
 
 
 def test_unet_takes_the_same_share_of_every_t_alike(small_model):
@@ -185,6 +185,11 @@ def test_the_guided_part_has_all_t_of_the_interval(batch_size, processes, time_s
 
 
 # ---- the step ----
+@pytest.fixture
+def state():
+    return train.State(train.Settings(), CPU)
+
+
 def test_optimizers_take_every_weight_once(state):
     kernels = [kernel for stack in state.muon.stacks for kernel in stack]
     others = state.adam.param_groups[0]["params"]
@@ -192,11 +197,6 @@ def test_optimizers_take_every_weight_once(state):
         id(p) for p in state.model.parameters()}
     assert len(kernels) + len(others) == len(list(state.model.parameters()))
     assert all(kernel.ndim == 4 for kernel in kernels) and len(kernels) == 22
-
-
-@pytest.fixture
-def state():
-    return train.State(train.Settings(), CPU)
 
 
 def take_step(state, images=None, labels=None):
@@ -501,16 +501,16 @@ def test_torchrun_deals_out_the_gpus(monkeypatch):
         is_torchelastic_launched=lambda: True, get_node_local_rank=lambda: 1,
         init_process_group=lambda: asked.append("group")))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    assert train.start_processes("cuda") == torch.device("cuda:1")
+    assert train.join_processes("cuda") == torch.device("cuda:1")
     assert asked == [torch.device("cuda:1"), "group"]
-    assert train.start_processes("cpu") == CPU
+    assert train.join_processes("cpu") == CPU
 
 
 @pytest.mark.parametrize("device, chosen", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
 def test_a_single_process_takes_the_gpu_it_is_told(device, chosen, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    assert train.start_processes(device) == torch.device(chosen)
+    assert train.join_processes(device) == torch.device(chosen)
     assert asked == [torch.device(chosen)]
 
 
