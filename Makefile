@@ -13,19 +13,19 @@ test: .venv/installed-dev
 	.venv/bin/ruff check
 
 RUN = runs/released
-WEIGHTS = $(RUN)/checkpoints/diffusion_epoch_60.pth
+WEIGHTS = $(RUN)/checkpoints/diffusion_epoch_100.pth
 
 $(WEIGHTS): | .venv/installed
-	$(PYTHON) src/train.py --root $(RUN) --n_epochs 60 --batch_size 128 \
+	$(PYTHON) src/train.py --root $(RUN) --n_epochs 100 --batch_size 128 \
 		$(if $(wildcard $(RUN)/checkpoints/latest.pth),--resume)
 
-release: $(WEIGHTS)  # an hour or two: checkpoints/pretrained.pth, and all that shows it
+release: $(WEIGHTS)  # two hours: checkpoints/pretrained.pth, and all that shows it
 	$(PYTHON) src/test.py --root $(RUN) --checkpoint_path $(WEIGHTS) --seeds 3
 	cp $(WEIGHTS) checkpoints/pretrained.pth
 	cp $(RUN)/datas/train_log.csv datas/released_train_log.csv
 	cp $(RUN)/datas/train_log.png datas/released_train_log.png
 	cp $(RUN)/datas/metrics.csv datas/released_metrics.csv
-	cp $(RUN)/datas/metrics_closest_60.png datas/released_closest.png
+	cp $(RUN)/datas/metrics_closest_100.png datas/released_closest.png
 	$(PYTHON) docs/figures.py
 
 TABLES = training sampling released floors guidance samplers told_apart baselines recipe trials
