@@ -150,8 +150,8 @@ def quality_over_epochs():
     measured = curves()
     for name, (epochs, distances) in measured.items():
         axes.plot(epochs, distances, "o-", color=COLORS[name], lw=2)
-        axes.annotate(name, (epochs[-1], distances[-1]), (8, 0), color=COLORS[name], size=14,
-                      textcoords="offset points", weight="bold", va="center")
+        axes.annotate(name, (epochs[0], distances[0]), (-8, 0), color=COLORS[name], size=14,
+                      textcoords="offset points", weight="bold", ha="right", va="center")
     end, goal = (values[-1] for values in measured["D"])
     epochs, distances = np.log(measured["recipe"])
     sooner = np.exp(np.interp(-np.log(goal), -distances, epochs))
