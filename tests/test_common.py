@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from common import UserError, explain_read_errors, generator, replacing, run_script, seed_for
+from common import (UserError, explain_read_errors, generator, has_bf16, replacing, run_script,
+                    seed_for)
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,19 @@ def test_errors_of_a_file_name_it_and_keep_their_text(tmp_path):
     assert str(stop.value) == f"{path} does not exist: make it anew"
 
 
-# ---- random numbers ----
+# ---- devices and random numbers ----
+@pytest.mark.parametrize("cpu, is_fast", [
+    (dict(cpu_name="Intel Core"), False),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True), False),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), True),
+    (dict(cpu_name="AMD EPYC", avx512_bf16=True), True),
+    (dict(cpu_name="Neoverse", bf16=True), True),
+])
+def test_bfloat16_is_used_where_it_is_fast(cpu, is_fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert has_bf16(CPU) == is_fast
+
+
 def test_these_keys_have_different_seeds():
     keys = [("order", 0, 1), ("step", 0, 1), ("order", 1, 1), ("order", 0, 2), ("order", 0)]
     assert len({seed_for(*key) for key in keys}) == 5
