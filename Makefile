@@ -19,7 +19,7 @@ $(WEIGHTS): | .venv/installed
 	$(PYTHON) src/train.py --root $(RUN) --n_epochs 100 --batch_size 128 \
 		$(if $(wildcard $(RUN)/checkpoints/latest.pth),--resume)
 
-release: $(WEIGHTS)  # two hours: checkpoints/pretrained.pth, and all that shows it
+release: $(WEIGHTS)  # two hours: checkpoints/pretrained.pth, and the files that the pages show
 	$(PYTHON) src/test.py --root $(RUN) --checkpoint_path $(WEIGHTS) --seeds 3
 	cp $(WEIGHTS) checkpoints/pretrained.pth
 	cp $(RUN)/datas/train_log.csv datas/released_train_log.csv

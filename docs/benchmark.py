@@ -1,4 +1,4 @@
-"""Print tables of docs/tables: speed, and what generated digits are worth.
+"""Print tables of docs/tables: speed, and how good generated digits are.
 
     python docs/benchmark.py training    images a second, beside baseline D: minutes
     python docs/benchmark.py sampling    digits a second: minutes
@@ -152,7 +152,7 @@ GUIDANCE = 1, 1.5, 2, 4
 
 
 def guidance_table(device, checkpoint_path=RELEASED, n_samples=N_SAMPLES, seeds=SEEDS):
-    """Print what digits are worth at several guidance scales."""
+    """Print how good digits are at several guidance scales."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, real = make_scorer(device, n_samples)
     print(f"{n_samples:,} digits, {seeds} seeds.\n")
@@ -165,7 +165,7 @@ def guidance_table(device, checkpoint_path=RELEASED, n_samples=N_SAMPLES, seeds=
 
 
 def sampler_table(device, checkpoint_path=RELEASED, n_samples=N_SAMPLES, seeds=SEEDS,
-                  steps=(5, 12, 50)):
+                  steps=(5, 12, 25)):
     """Print the Fréchet distance of every sampler's digits."""
     model, _ = load_checkpoint(checkpoint_path, device)
     labels, score, real = make_scorer(device, n_samples)
@@ -281,12 +281,12 @@ def runs_table(names, epochs, path=RUNS_FILE):
 
 
 def baselines_table():
-    """Print what digits of the baselines and of the recipe are worth after more and more epochs."""
+    """Print how good digits of the baselines and of the recipe are after more and more epochs."""
     runs_table(COMPARED, EPOCHS)
 
 
 def recipe_table():
-    """Print what digits are worth without one choice of the recipe."""
+    """Print how good digits are without one choice of the recipe."""
     runs_table({ablation.label: name for name, ablation in ABLATIONS.items()}, [2])
 
 
@@ -312,7 +312,7 @@ def main(argv=None):
     if args.table in OF_RUNS:
         OF_RUNS[args.table]()
     else:
-        device = train.join_processes(args.device)
+        device = train.choose_device(args.device)
         print_conditions([conditions(device)])
         MEASURED_NOW[args.table](device)
 

@@ -2,11 +2,10 @@
 
     python docs/figures.py
 
-generated_samples/released.png and .gif: a hundred digits, and the way of some from noise;
+generated_samples/released.png and .gif: a hundred digits, and how ten emerge from noise;
 docs/figures/: what happens along t, what guidance does, how digits become better in training, and a
 race of the recipe with its strongest baseline. Plots have a second form for GitHub's dark pages.
 """
-import argparse
 import io
 import statistics
 import sys
@@ -127,16 +126,14 @@ COLORS = {"A": "tab:gray", "B": "tab:olive", "C": "tab:green", "D": "tab:orange"
           "recipe": "tab:blue"}
 
 
-def curves():
+def curves(rows):
     """Return {name: (epochs, distances)}: means over the runs of each baseline and the recipe."""
-    _, *rows = read_runs()
     found = {}
     for name in COLORS:
         epochs = sorted({int(row["epochs"]) for row in rows if row["training"] == name})
         runs = [rows_of(rows, name, n) for n in epochs]
         distances = [statistics.mean(row["fid_classifier"] for row in run) for run in runs]
-        if runs:
-            found[name] = epochs, distances
+        found[name] = epochs, distances
     return found
 
 
@@ -147,7 +144,8 @@ def quality_over_epochs():
     """
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    measured = curves()
+    real, *rows = read_runs()
+    measured = curves(rows)
     for name, (epochs, distances) in measured.items():
         axes.plot(epochs, distances, "o-", color=COLORS[name], lw=2)
         axes.annotate(name, (epochs[0], distances[0]), (-8, 0), color=COLORS[name], size=14,
@@ -159,7 +157,6 @@ def quality_over_epochs():
                   color=matplotlib.rcParams["text.color"]))
     axes.annotate(f"{end / sooner:.0f}x fewer epochs", (sooner, goal), (6, 6),
                   textcoords="offset points", size=13)
-    real, *_ = read_runs()
     axes.axhline(real["fid_classifier"], color="tab:gray", ls="--")
     axes.annotate("real digits", (0, real["fid_classifier"]), (6, 4), size=12,
                   xycoords=("axes fraction", "data"), textcoords="offset points")
@@ -199,10 +196,8 @@ def race():
 
 
 # ---- command line ----
-def main(argv=None):
+def main():
     """Draw all pictures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.parse_args(argv)
     model, _ = load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth")
     digits_grid(model)
     way_from_noise(model)

@@ -1,6 +1,6 @@
-"""Train short runs, and write what their digits are worth to docs/tables/runs.csv.
+"""Train short runs, and write how good their digits are to docs/tables/runs.csv.
 
-    python docs/runs.py           six hours or so on two CPU cores, without bfloat16 thrice as many
+    python docs/runs.py           six hours or so on two CPU cores with bfloat16
     python docs/runs.py trials    trials of other choices for the recipe: two hours
 
 These are runs of the recipe, of ablations, which lack one of its choices, and of the baselines A to
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import textbook
 import train
-from common import (REPOSITORY, UserError, add_device_flag, add_flag, bounded, has_bf16,
+from common import (REPOSITORY, UserError, add_device_flag, add_flag, bounded, bf16_is_faster,
                     prepare_folder, replacing, run_script, write_csv)
 from generate import clean_image_predictor, sample
 from test import Judge, judging, load_classifier, spread_labels
@@ -81,7 +81,7 @@ def conditions(device):
         threads = torch.get_num_threads()
         machine = (f"{threads} thread{'s' if threads > 1 else ''} of a CPU with "
                    f"{torch.backends.cpu.get_cpu_capability()}"
-                   f"{' and bfloat16' if has_bf16(device) else ''}")
+                   f"{' and bfloat16' if bf16_is_faster(device) else ''}")
     return dict(commit=commit_of_src(), machine=machine, torch=torch.__version__,
                 python=platform.python_version(), date=str(datetime.date.today()))
 
@@ -344,7 +344,7 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=["runs", "trials"], default="runs")
     args = parser.parse_args(argv)
     prepare_folder(RUNS_FILE.parent)
-    device = train.join_processes(args.device)
+    device = train.choose_device(args.device)
     if args.what == "trials":
         record_runs(TRIALS_FILE, TRIAL_RUNS, device, args.seeds, trials=True)
     else:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from common import REPOSITORY, has_bf16
+from common import REPOSITORY, bf16_is_faster
 from generate import draw_grid, to_pixels
 from train import NULL_LABEL, SimpleUnet, load_mnist
 
@@ -34,7 +34,7 @@ def alpha_and_sigma(t):
 
 
 def predict_noise(model, x_t, t, labels):
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16_is_faster(x_t.device)):
         return model(x_t, t, labels).float()
 
 
@@ -42,9 +42,8 @@ def uniform_t(batch_size, device):
     return torch.randint(T, (batch_size,), device=device)
 
 
-def training_loss(model, x_0, labels, draw_t=uniform_t):
+def training_loss(model, x_0, t, labels):
     """Return the squared error of the predicted noise (DDPM, eq. 14)."""
-    t = draw_t(len(x_0), x_0.device)
     alpha_t, sigma_t = alpha_and_sigma(t)
     noise = torch.randn_like(x_0)
     x_t = alpha_t * x_0 + sigma_t * noise
@@ -58,7 +57,8 @@ def train_epoch(model, optimizer, images, labels, batch_size=64, label_dropout=0
     for batch in order.split(batch_size)[:len(images) // batch_size]:
         x_0 = images[batch] / 127.5 - 1
         dropped = torch.rand(batch_size, device=images.device) < label_dropout
-        loss = training_loss(model, x_0, labels[batch].masked_fill(dropped, NULL_LABEL), draw_t)
+        t = draw_t(batch_size, images.device)
+        loss = training_loss(model, x_0, t, labels[batch].masked_fill(dropped, NULL_LABEL))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

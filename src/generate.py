@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints,
-                    explain_read_errors, generator, has_bf16, load_tensors, make_parser,
+                    explain_read_errors, generator, bf16_is_faster, load_tensors, make_parser,
                     prepare_folder, refuse_contradictions, replacing, run_script)
 from train import NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
 
@@ -113,7 +113,7 @@ def clean_image_predictor(model, labels, guidance):
     both_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
 
     def predict(x_t, t, alpha_t, sigma_t, asked):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=has_bf16(x_t.device)):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16_is_faster(x_t.device)):
             v = model(x_t, torch.full_like(asked, t), asked).float()
         return x_0_from_v(v, x_t, alpha_t, sigma_t).clamp(-1, 1)
 
@@ -136,10 +136,10 @@ def sample(model, labels, sampler=DEFAULT_SAMPLER, steps=None, seed=0, guidance=
     """Return images (F, N, C, H, W) uint8 for labels (N,) int64, 0..9 or NULL_LABEL.
 
     The F = min(n_frames, steps) frames show x_t after evenly spaced steps, the last one the clean
-    image. steps: by default the sampler's. On one machine image i depends on i, the
-    seed, labels[i] and these settings alone: every chunk of digits has random numbers of its own,
-    and the last chunk is filled up to the full size. predictor: for a model that does not predict
-    v. Raises UserError for more steps than T.
+    image. steps: by default the sampler's. On one machine image i depends on i, the seed, labels[i]
+    and these settings alone: every chunk of digits has random numbers of its own, and the last
+    chunk is filled up to the full size. predictor: for a model that does not predict v. Raises
+    UserError for more steps than T.
     """
     device = next(model.parameters()).device
     config = model.config
@@ -304,9 +304,9 @@ def write_digits(path, model, n_samples, labels, seed, **settings):
     """Write digits to a .gif or .npz file; the arguments are those of generate_samples."""
     prepare_folder(path.parent)
     all_labels = choose_labels(n_samples, labels, seed)
-    frames = sample(model, all_labels, seed=seed, n_frames=50 if path.suffix == ".gif" else 1,
-                    **settings)
-    if path.suffix == ".gif":
+    is_gif = path.suffix == ".gif"
+    frames = sample(model, all_labels, seed=seed, n_frames=50 if is_gif else 1, **settings)
+    if is_gif:
         columns = count_columns(n_samples, labels)
         write_gif(path, [draw_grid(images, columns) for images in frames],
                   [120] * (len(frames) - 1) + [3000])

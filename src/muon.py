@@ -15,7 +15,8 @@ def orthogonalize(matrices):
 
     The singular value decomposition would be slow. Each step of this Newton-Schulz iteration, with
     Jordan's coefficients, applies s -> a s + b s^3 + c s^5 to every singular value s, and needs
-    matrix products alone. Three steps let small values grow about 40-fold.
+    matrix products alone. Three steps, where Jordan takes five, let small values grow about
+    40-fold.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

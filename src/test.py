@@ -1,8 +1,8 @@
 """Evaluate checkpoints: the error of the predicted noise, and how good generated digits are.
 
     python src/test.py                      every checkpoint: a table, datas/metrics.csv, pictures
-    python src/test.py --digits FILE.npz    digits from anywhere, by the same judge
-    python src/test.py --train_classifier   train the judge, checkpoints/classifier.pth, again
+    python src/test.py --digits FILE.npz    digits from anywhere, by the same metrics
+    python src/test.py --train_classifier   train checkpoints/classifier.pth again
 
 This is a script, not a unit test. The classifier comes first, then features, metrics, evaluation.
 """
@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import (REPOSITORY, UserError, add_flag, bounded, explain_read_errors, generator,
-                    has_bf16, label_log_axis, load_tensors, make_parser, prepare_folder,
+                    bf16_is_faster, label_log_axis, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
                       load_checkpoint, sample)
@@ -64,27 +64,27 @@ def distort(x, rng):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(images, labels, seed=0, epochs=10, batch_size=100, exact=False):
+def train_classifier(images, labels, seed=0, epochs=10, exact=False):
     """Return a Classifier, ready to predict, trained on images (N, 1, 28, 28) uint8.
 
-    They are distorted, and seen in bfloat16 where the device computes in it. With exact they are
-    seen as they are, in float32, so that the finest grey levels count.
+    They are distorted, and seen in bfloat16 where that is faster. With exact they are seen as they
+    are, in float32, so that the finest grey levels count.
     """
     torch.manual_seed(seed)
     device = images.device
-    steps = len(images) // batch_size
+    steps = len(images) // 100
     classifier = Classifier().to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, total_steps=epochs * steps)
     for epoch in tqdm(range(epochs), desc="classifier", unit=" epochs"):
         rng = generator(device, "order", seed, epoch)
         order = torch.randperm(len(images), generator=rng, device=device)
-        for number, batch in enumerate(order.split(batch_size)[:steps]):
+        for number, batch in enumerate(order.split(100)[:steps]):
             x = images[batch] / 127.5 - 1
             if not exact:
                 x = distort(x, generator(device, "step", seed, epoch, number))
             with torch.autocast(device.type, torch.bfloat16,
-                                enabled=has_bf16(device) and not exact):
+                                enabled=bf16_is_faster(device) and not exact):
                 logits = classifier(x).float()
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[batch], label_smoothing=0.1).backward()
@@ -172,12 +172,12 @@ def share_inside(points, centres, k=3):
     return share(torch.cat(inside))
 
 
-def noise_mse(model, images, labels, batch_size=256):
+def noise_mse(model, images, labels, batch_size):
     """Return the mean squared error of the predicted noise, with true labels, over all t.
 
     The predicted clean image is clipped, as in sampling, and its error is scaled back to a noise
     error by alpha_t / sigma_t. The t, spread evenly over 0..T-1, and the noise are drawn on the
-    CPU, and the network runs in float32: the same for every checkpoint and machine.
+    CPU, so they are the same for every checkpoint and machine. The network runs in float32.
     """
     rng = generator("cpu", "evaluation", 0)
     t = torch.randperm(len(images), generator=rng) * model.config["time_steps"] // len(images)
@@ -213,7 +213,7 @@ def pick_images(images, labels, wanted):
 def judging():
     """Compute without gradients, and in float32 without TF32, so that machines agree.
 
-    Sampling alone uses bfloat16, where the device has it: it switches autocast on itself.
+    Sampling alone uses bfloat16, where that is faster: it switches autocast on itself.
     """
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
@@ -339,8 +339,8 @@ def load_models(args, device):
     refuse_contradictions(args, last_model.config, last_path)
     for path, model, _ in found:
         if model.config != last_model.config:
-            raise UserError(f"{path} has another config than {last_path}: evaluate it apart, by "
-                            "--checkpoint_path and another --root")
+            raise UserError(f"{path} has another config than {last_path}: evaluate it separately, "
+                            "by --checkpoint_path and another --root")
     return found
 
 

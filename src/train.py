@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import (REPOSITORY, UserError, bounded, epoch_checkpoints,
-                    explain_read_errors, generator, has_bf16, label_log_axis, load_tensors,
+                    explain_read_errors, generator, bf16_is_faster, label_log_axis, load_tensors,
                     make_parser, refuse_contradictions, replacing, run_script, save_tensors,
                     seed_for, write_csv)
 from muon import Muon
@@ -293,7 +293,7 @@ def guided_part(t, settings):
     is a mask, (n, 1, 1, 1).
     """
     steps = settings.time_steps
-    first, last = (round(share * steps) for share in (settings.guided_min, settings.guided_max))
+    first, last = (round(bound * steps) for bound in (settings.guided_min, settings.guided_max))
     logit_t = statistics.NormalDist(settings.t_mean, settings.t_std)
     begin, end = (logit_t.cdf(math.log(k / (steps - k))) * len(t) for k in (first, last))
     part = slice(math.floor(begin), math.ceil(end))
@@ -307,7 +307,7 @@ def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
     1. Where the target is black, a prediction darker than black is no error, and likewise for
        white (see Settings.clamp).
     2. In the guided interval the target is not x_0 but x_0 + w (x_label - x_null): model guidance
-       (Tang et al. 2025, eq. 18; in an interval: Kynkäänniemi et al. 2024).
+       (Tang et al. 2025; in an interval: Kynkäänniemi et al. 2024).
 
     Both concern x_0, so the error of v is computed as that of x_0, divided by sigma_t.
 
@@ -317,7 +317,7 @@ def training_loss(model, x_0, t, noise, labels, alphas_cumprod, settings):
     alpha_t, sigma_t = alpha_and_sigma(t, alphas_cumprod)
     x_t = forward_diffusion_sample(x_0, noise, alpha_t, sigma_t)
     target = x_0.clone()
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bf16(x_0.device)):
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16_is_faster(x_0.device)):
         predicted = x_0_from_v(model(x_t, t, labels), x_t, alpha_t, sigma_t)
         if settings.model_guidance:
             # Autocast keeps the weights that it has cast. Casts made under no_grad carry no
@@ -434,8 +434,8 @@ def training_step(state, images, labels):
     labels = labels.masked_fill(dropped, NULL_LABEL)
     # Each process draws for the whole batch and takes every n-th image, so that n processes see
     # what one would see.
-    share = slice(state.rank, None, state.processes)
-    loss = training_loss(state.model, x_0[share], t[share], noise[share], labels[share],
+    own = slice(state.rank, None, state.processes)
+    loss = training_loss(state.model, x_0[own], t[own], noise[own], labels[own],
                          state.alphas_cumprod, settings)
     state.model.zero_grad()
     loss.backward()
@@ -514,11 +514,11 @@ def plot_losses(path, log):
 
 
 def check_finite(state):
-    """Raise UserError if the loss or a weight is not finite: that is not worth saving.
+    """Raise UserError if a weight is not finite: that is not worth saving.
 
     Checking the EMA is enough: it never recovers from a weight that is not finite.
     """
-    if not all(value.isfinite().all() for value in [state.total_loss, *state.ema.parameters()]):
+    if not all(weights.isfinite().all() for weights in state.ema.parameters()):
         raise UserError(f"training has diverged by step {state.steps_taken}: start again with "
                         "lower learning rates or another --seed, and another --root")
 
@@ -663,19 +663,16 @@ def start_state(args, device):
     return state
 
 
-def join_processes(device):
-    """Join the processes that torchrun has started, if it has. Return this process's device.
+def choose_device(name):
+    """Return the torch.device of this process: torchrun gives each process a GPU of its own.
 
     A GPU is made the current device, on which streams and graphs are created.
     """
-    launched = dist.is_torchelastic_launched()
-    device = torch.device(device)
+    device = torch.device(name)
     if device.type == "cuda":
-        number = dist.get_node_local_rank() if launched else device.index
-        device = torch.device("cuda", number or 0)  # plain "cuda" has no index, and is the first
+        # plain "cuda" has no index, and is the first
+        device = torch.device("cuda", dist.get_node_local_rank(device.index or 0))
         torch.cuda.set_device(device)
-    if launched:
-        dist.init_process_group()
     return device
 
 
@@ -705,7 +702,9 @@ def catch_signals():
 def main(argv=None):
     """Train. Return None or, where a signal ended the run, 128 + its number."""
     args = training_parser().parse_args(argv)
-    device = join_processes(args.device)
+    device = choose_device(args.device)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
     state = start_state(args, device)
     settings = state.settings
     if settings.batch_size % state.processes:
@@ -714,7 +713,7 @@ def main(argv=None):
     images, labels = load_mnist("train", settings.image_size, settings.channels, device)
     if state.rank == 0:
         print(f"training {sum(p.numel() for p in state.model.parameters()):,} weights on {device}, "
-              f"in {'bfloat16' if has_bf16(device) else 'float32'}", flush=True)
+              f"in {'bfloat16' if bf16_is_faster(device) else 'float32'}", flush=True)
     with catch_signals() as signals:
         train(state, images, labels, args.root, signals)
     if dist.is_initialized():

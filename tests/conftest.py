@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ import torch
 
 import test
 import train
-from common import run_script
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common import REPOSITORY, run_script
 
 
 @pytest.fixture
@@ -56,12 +53,8 @@ def mnist():
     return {part: train.load_mnist(part) for part in ("train", "test")}
 
 
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="in test_kills_at_any_moment")
-
-
 def use_small_mnist(monkeypatch):
-    """Give main() in this process few images: 500 of the test set; train.py 256, test.py 3,000."""
+    """Shrink MNIST in this process to 500 test images, and 256 in train.py or 3,000 in test.py."""
     load = train.load_mnist
     for module, count in ((train, 256), (test, 3000)):
         def load_few(part, *form, count=count, **keywords):

@@ -65,7 +65,8 @@ def test_four_epochs_come_as_close_as_sixteen_of_the_baseline():
 
 @pytest.mark.parametrize("name, words", [
     ("recipe", "with all of them it is"), ("uniform_t", "nearly uniform:"),
-    ("no_guidance", "*Without:"), ("no_muon", "*With Adam alone:"), ("no_decay", "*Without:")])
+    ("no_guidance", "to the target. *Without:"), ("no_muon", "*With Adam alone:"),
+    ("no_decay", "over the run. *Without:")])
 def test_the_readme_says_what_each_choice_is_worth(name, words):
     assert f"{words} {mean_distance(name, 2):.3f}." in " ".join(README.split())
 

@@ -73,8 +73,8 @@ def reference_scheduler(sampler, clip, eta):
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("sampler, eta, steps", [
-    ("ddpm", 1, 1000), ("ddpm", 1, 50), ("ddim", 0, 50), ("ddim", 1, 50), ("ddim", 0.5, 1000),
-    ("ddim", 0, 8), ("dpm", 1, 12), ("dpm", 1, 50), ("dpm", 0, 12), ("dpm", 0, 50)])
+    ("ddpm", 1, 1000), ("ddim", 0, 50), ("ddim", 1, 50), ("dpm", 1, 12), ("dpm", 1, 50),
+    ("dpm", 0, 12)])
 def test_sampler_agrees_with_diffusers_step_by_step(sampler, eta, steps, clip):
     reference, more = reference_scheduler(sampler, clip, eta)
     reference.set_timesteps(steps)
@@ -194,11 +194,6 @@ def test_labels_cycle_or_are_drawn_from_the_seed():
 def read(path):
     with Image.open(path) as picture:
         return np.asarray(picture.convert("L"))
-
-
-def test_grid_has_fixed_grey_limits():
-    grid = generate.draw_grid(torch.full((4, 1, 28, 28), 100, dtype=torch.uint8), 2)
-    assert set(np.unique(grid)) == {0, 100}
 
 
 def test_grid_shows_every_image_in_order():

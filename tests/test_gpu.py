@@ -71,9 +71,9 @@ def test_the_loss_and_its_gradients_are_those_of_a_cpu(mnist):
 def test_the_error_on_test_images_is_that_of_a_cpu(mnist):
     images, labels = (values[:1000] for values in mnist["test"])
     errors = []
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with test.judging():
         for device in (CPU, CUDA):
             model, _ = generate.load_checkpoint(REPOSITORY / "checkpoints/pretrained.pth", device)
-            errors.append(test.noise_mse(model, images.to(device), labels.to(device)))
+            errors.append(test.noise_mse(model, images.to(device), labels.to(device),
+                                         batch_size=256))
     assert errors[1] == pytest.approx(errors[0], rel=1e-4)

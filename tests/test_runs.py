@@ -49,14 +49,15 @@ def test_the_textbook_learns_and_its_digits_are_sampled(mnist):
     for _ in range(20):
         textbook.train_epoch(model, optimizer, images, labels)
     with torch.inference_mode():
-        loss = textbook.training_loss(model, images / 127.5 - 1, labels)
+        t = textbook.uniform_t(len(images), CPU)
+        loss = textbook.training_loss(model, images / 127.5 - 1, t, labels)
     assert loss < 0.7  # a network that says 0 has 1
     digits = textbook.sample(model, torch.arange(5), steps=10)
     assert digits.shape == (5, 1, 28, 28) and digits.abs().max() <= 1
 
 
 def test_the_textbooks_sampler_is_ddim(small_model, monkeypatch):
-    monkeypatch.setattr(textbook, "has_bf16", lambda device: False)
+    monkeypatch.setattr(textbook, "bf16_is_faster", lambda device: False)
     reference = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, clip_sample=True)
     reference.set_timesteps(9)  # of 111 each
     labels = torch.arange(3)

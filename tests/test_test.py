@@ -258,12 +258,6 @@ def test_mse_is_the_error_of_the_noise_over_all_t_after_clipping(mnist, error):
     assert mse == pytest.approx((a / (1 - a) * left ** 2).mean(), abs=1e-5)
 
 
-def test_mse_does_not_depend_on_the_batch_size(small_model, mnist):
-    images, labels = (values[:300] for values in mnist["test"])
-    first, second = (test.noise_mse(small_model, images, labels, size) for size in (7, 256))
-    assert first == pytest.approx(second, rel=1e-5)
-
-
 # ---- labels ----
 def test_labels_have_the_proportions_of_the_test_set(mnist):
     labels = mnist["test"][1]
