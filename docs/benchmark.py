@@ -271,13 +271,14 @@ def runs_table(names, epochs, path=RUNS_FILE):
     real, *rows = read_runs(path)
     found = [(what, n, rows_of(rows, name, n)) for what, name in names.items() for n in epochs]
     print_conditions([row for *_, of_run in found for row in of_run])
-    print(f"Batches of {BATCH_SIZE}; {N_SAMPLES:,} digits of each run; docs/tables/{path.name} has "
-          "all runs.\n")
-    print_header("training", "epochs", "seeds", *QUALITY)
+    seeds = " or ".join(map(str, sorted({len(of_run) for *_, of_run in found if of_run})))
+    print(f"Batches of {BATCH_SIZE}; {N_SAMPLES:,} digits of each run; {seeds} seeds; "
+          f"docs/tables/{path.name} has all runs.\n")
+    print_header("training", "epochs", *QUALITY)
     for what, n, of_run in found:
         if of_run:
-            print_row(what, n, len(of_run), *quality_cells(of_run))
-    print_row("real digits", "", "", *quality_cells([real]))
+            print_row(what, n, *quality_cells(of_run))
+    print_row("real digits", "", *quality_cells([real]))
 
 
 def baselines_table():
