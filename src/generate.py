@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints,
                     explain_read_errors, generator, bf16_is_faster, load_tensors, make_parser,
                     prepare_folder, refuse_contradictions, replacing, run_script)
-from train import NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
+from train import LATEST, NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
 
 
 # ---- samplers ----
@@ -227,15 +227,19 @@ def load_checkpoint(path, device="cpu"):
 def find_checkpoints(root, epochs, checkpoint_path=None):
     """Return the path given, or else root's checkpoints up to epochs, or the released weights.
 
-    Raises UserError where root has checkpoints, but of later epochs alone.
+    Raises UserError where root has checkpoints, but of later epochs alone, or a run that has not
+    written any yet.
     """
     if checkpoint_path:
         return [checkpoint_path]
     folder = root / "checkpoints"
     found = epoch_checkpoints(root)
+    if not found and (root / LATEST).exists():
+        raise UserError(f"{root / LATEST} is of a run without a checkpoint: continue it with "
+                        "--resume --save_every 1, or choose another --root")
     if not found:
         pretrained = REPOSITORY / "checkpoints/pretrained.pth"
-        print(f"no checkpoint in {folder}: using the released {pretrained}")
+        print(f"no diffusion_epoch_{{N}}.pth in {folder}: using the released {pretrained}")
         return [pretrained]
     if min(found) > epochs:
         raise UserError(f"--epochs {epochs}: the first checkpoint in {folder} is of epoch "

@@ -1,4 +1,4 @@
-"""Train a class-conditional diffusion model (DDPM, Ho et al. 2020) on MNIST.
+"""Train a class-conditional diffusion model on MNIST.
 
     python src/train.py                                               1000 epochs, meant for a GPU
     python src/train.py --n_epochs 2 --batch_size 64 --save_every 1   a few minutes on a laptop

@@ -284,6 +284,14 @@ def test_released_weights_stand_in_and_are_named(tmp_path, capsys):
     assert str(pretrained) in capsys.readouterr().out
 
 
+def test_they_do_not_stand_in_for_a_run_that_has_no_checkpoint_yet(tmp_path):
+    latest = tmp_path / train.LATEST
+    latest.parent.mkdir()
+    latest.touch()
+    with pytest.raises(UserError, match=r"latest\.pth is of a run without a checkpoint"):
+        generate.find_checkpoints(tmp_path, 1000)
+
+
 # ---- command line ----
 def test_labels_make_columns(small_model, tmp_path):
     write_checkpoint(tmp_path / "checkpoints/diffusion_epoch_1.pth", small_model, 1)
