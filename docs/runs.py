@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import textbook
 import train
-from common import (REPOSITORY, UserError, add_device_flag, add_flag, bounded, bf16_is_faster,
+from common import (REPOSITORY, UserError, add_device_flag, add_flag, bf16_is_faster, bounded,
                     prepare_folder, replacing, run_script, write_csv)
 from generate import clean_image_predictor, sample
 from test import Judge, judging, load_classifier, spread_labels

@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (REPOSITORY, UserError, add_flag, bounded, epoch_checkpoints,
-                    explain_read_errors, generator, bf16_is_faster, load_tensors, make_parser,
-                    prepare_folder, refuse_contradictions, replacing, run_script)
+from common import (REPOSITORY, UserError, add_flag, bf16_is_faster, bounded, epoch_checkpoints,
+                    explain_read_errors, generator, load_tensors, make_parser, prepare_folder,
+                    refuse_contradictions, replacing, run_script)
 from train import LATEST, NULL_LABEL, SimpleUnet, cumulative_alphas, x_0_from_v
 
 

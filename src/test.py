@@ -21,8 +21,8 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, UserError, add_flag, bounded, explain_read_errors, generator,
-                    bf16_is_faster, label_log_axis, load_tensors, make_parser, prepare_folder,
+from common import (REPOSITORY, UserError, add_flag, bf16_is_faster, bounded, explain_read_errors,
+                    generator, label_log_axis, load_tensors, make_parser, prepare_folder,
                     refuse_contradictions, replacing, run_script, save_tensors, write_csv)
 from generate import (DEFAULT_SAMPLER, SAMPLERS, add_checkpoint_flags, draw_grid, find_checkpoints,
                       load_checkpoint, sample)

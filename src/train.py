@@ -25,10 +25,9 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import (REPOSITORY, UserError, bounded, epoch_checkpoints,
-                    explain_read_errors, generator, bf16_is_faster, label_log_axis, load_tensors,
-                    make_parser, refuse_contradictions, replacing, run_script, save_tensors,
-                    seed_for, write_csv)
+from common import (REPOSITORY, UserError, bf16_is_faster, bounded, epoch_checkpoints,
+                    explain_read_errors, generator, label_log_axis, load_tensors, make_parser,
+                    refuse_contradictions, replacing, run_script, save_tensors, seed_for, write_csv)
 from muon import Muon
 
 NULL_LABEL = 10  # stands for "any digit"
