@@ -261,6 +261,7 @@ COMPARED = {
     "B: A with EMA": "B",
     "C: B with the cosine schedule, without label dropout": "C",
     "D: C with a learning rate of 0.002 that decays": "D",
+    "E: D with label dropout, guided at sampling time": "E",
     "the recipe": "recipe",
     "the recipe without model guidance": "no_guidance",
 }

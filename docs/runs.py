@@ -1,13 +1,13 @@
 """Train short runs, and write how good their digits are to docs/tables/runs.csv.
 
-    python docs/runs.py           six hours or so on two CPU cores with bfloat16
+    python docs/runs.py           eight hours or so on two CPU cores with bfloat16
     python docs/runs.py trials    trials of other choices for the recipe: two hours
 
 These are runs of the recipe, of ablations, which lack one of its choices, and of the baselines A to
-D, each with several seeds. A run that the file has is not done again. So the file can grow over
+E, each with several seeds. A run that the file has is not done again. So the file can grow over
 several sittings, on several machines, and Ctrl-C loses no more than one run. Two processes can
 share the work if each has seeds of its own. "python docs/benchmark.py baselines", "recipe" and
-"trials" print the means. docs/tables/race.npz keeps ten digits of each run of baseline D and of the
+"trials" print the means. docs/tables/race.npz keeps ten digits of each run of baseline E and of the
 recipe, to be drawn side by side.
 
 Trials are trained on the first 50,000 training images and validated on the last 10,000. Their file
@@ -37,7 +37,7 @@ import textbook
 import train
 from common import (REPOSITORY, UserError, add_device_flag, add_flag, bf16_is_faster, bounded,
                     prepare_folder, replacing, run_script, write_csv)
-from generate import clean_image_predictor, sample
+from generate import sample
 from test import Judge, judging, load_classifier, spread_labels
 
 RUNS_FILE = REPOSITORY / "docs/tables/runs.csv"
@@ -47,7 +47,7 @@ N_SAMPLES = 10_000
 BATCH_SIZE = 64
 SEEDS = 3
 EPOCHS = 1, 2, 4, 8, 16
-RACERS = "D", "recipe"
+RACERS = "E", "recipe"
 METRICS = "accuracy", "fid_classifier", "precision", "recall"
 
 
@@ -93,22 +93,35 @@ class Baseline(NamedTuple):
     label_dropout: float = 0.1
     rate: float = 0.001
     decays: bool = False  # the learning rate decays linearly to 0 over the run
+    guidance: float = 1.0  # classifier-free guidance scale, at sampling time
 
 
-# B is the EMA of A; C and D are judged by their EMA, too.
+# B is the EMA of A; the others are judged by their EMA, too. E is guided at the scale that the
+# recipe's model guidance amounts to.
 BASELINES = {"A": Baseline(),
              "C": Baseline(cosine=True, label_dropout=0.0),
-             "D": Baseline(cosine=True, label_dropout=0.0, rate=0.002, decays=True)}
+             "D": Baseline(cosine=True, label_dropout=0.0, rate=0.002, decays=True),
+             "E": Baseline(cosine=True, rate=0.002, decays=True, guidance=2.5)}
 
 
 def predictor_by_noise(model, labels, guidance):
     """Return predict_x_0 as generate.clean_image_predictor does, for a network of a baseline.
 
-    It predicts the noise. guidance is not supported.
+    It predicts the noise. guidance acts where the recipe has model guidance.
     """
-    def predict_x_0(x_t, t, alpha_t, sigma_t):
-        eps = textbook.predict_noise(model, x_t, torch.full_like(labels, t), labels)
+    nulls = torch.full_like(labels, train.NULL_LABEL)
+
+    def predict(x_t, t, alpha_t, sigma_t, asked):
+        eps = textbook.predict_noise(model, x_t, torch.full_like(asked, t), asked)
         return ((x_t - sigma_t * eps) / alpha_t).clamp(-1, 1)
+
+    def predict_x_0(x_t, t, *coefficients):
+        x_label = predict(x_t, t, *coefficients, labels)
+        guided = train.Settings.guided_min <= t / textbook.T < train.Settings.guided_max
+        if guidance == 1 or not guided:
+            return x_label
+        x_null = predict(x_t, t, *coefficients, nulls)
+        return (x_null + guidance * (x_label - x_null)).clamp(-1, 1)
     return predict_x_0
 
 
@@ -230,7 +243,7 @@ class Run(NamedTuple):
 #
 # Where the learning rate is constant, one run passes through all epochs. Where it decays over a
 # run, each number of epochs is a run of its own.
-RUNS = [*(Run(name, (epochs,)) for epochs in EPOCHS for name in RACERS),
+RUNS = [*(Run(name, (epochs,)) for epochs in EPOCHS for name in ("D", "E", "recipe")),
         *(Run(name, (2,)) for name in ABLATIONS if name != "recipe"), Run("no_guidance", (8,)),
         Run("A", EPOCHS[1:]), Run("C", EPOCHS[1:])]
 TRIAL_RUNS = [*(Run(name, (2,)) for name in ("recipe", *TRIALS)),
@@ -322,16 +335,18 @@ def record_runs(path, runs, device, seeds, trials=False):
         done = rows_of(read_runs(path), run.name, run.epochs[-1])
         if str(seed) in [row["seed"] for row in done]:
             continue
-        predictor = predictor_by_noise if run.name in BASELINES else clean_image_predictor
+        settings = {}  # of sample
+        if run.name in BASELINES:
+            settings = dict(predictor=predictor_by_noise, guidance=BASELINES[run.name].guidance)
         rows = []
         for epoch, trained in networks(run, seed, images, labels):
             for name, network in trained.items():
-                digits = sample(network, wanted, seed=seed, predictor=predictor)[-1]
+                digits = sample(network, wanted, seed=seed, **settings)[-1]
                 rows.append(new_row(name, score(digits), here, epoch, seed))
                 print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
                 if name in RACERS and (path, seed) == (RUNS_FILE, 0):
                     keep_for_race(name, epoch,
-                                  sample(network, torch.arange(10), predictor=predictor)[-1])
+                                  sample(network, torch.arange(10), **settings)[-1])
         append_rows(path, rows)
 
 

@@ -108,6 +108,22 @@ def test_baselines_differ(name, mnist):
     assert not all(same) and all(p.isfinite().all() for p in trained[name].parameters())
 
 
+def test_a_baseline_is_guided_where_the_recipe_is(small_model):
+    labels, nulls = torch.arange(3), torch.full((3,), train.NULL_LABEL)
+    torch.manual_seed(0)
+    x_t = torch.randn(3, 1, 28, 28)
+
+    def predict(t, labels, guidance=1):
+        return runs.predictor_by_noise(small_model, labels, guidance)(x_t, t, 0.8, 0.6)
+
+    x_label, x_null = predict(250, labels), predict(250, nulls)
+    expected = (x_null + 2.5 * (x_label - x_null)).clamp(-1, 1)
+    assert not expected.equal(x_label)
+    torch.testing.assert_close(predict(250, labels, 2.5), expected)
+    for t in (189, 310):
+        assert predict(t, labels, 2.5).equal(predict(t, labels))
+
+
 def test_t_of_the_cosine_schedule_have_its_noise():
     theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
     ours = train.cumulative_alphas(1000)[runs.cosine_t()]
