@@ -96,12 +96,13 @@ class Baseline(NamedTuple):
     guidance: float = 1.0  # classifier-free guidance scale, at sampling time
 
 
-# B is the EMA of A; the others are judged by their EMA, too. E is guided at the scale that the
-# recipe's model guidance amounts to.
+# B is the EMA of A; the others are judged by their EMA, too. E is guided at the scale to which the
+# recipe's model guidance amounts (docs/how_it_works.md).
 BASELINES = {"A": Baseline(),
              "C": Baseline(cosine=True, label_dropout=0.0),
              "D": Baseline(cosine=True, label_dropout=0.0, rate=0.002, decays=True),
-             "E": Baseline(cosine=True, rate=0.002, decays=True, guidance=2.5)}
+             "E": Baseline(cosine=True, rate=0.002, decays=True,
+                           guidance=1 / (1 - train.Settings.model_guidance))}
 
 
 def predictor_by_noise(model, labels, guidance):

@@ -2,7 +2,6 @@
 from PIL import Image
 
 import figures
-import runs
 
 
 def test_plots_have_a_light_and_a_dark_form(tmp_path, monkeypatch):
@@ -16,4 +15,4 @@ def test_the_race_goes_from_run_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.race()
     with Image.open(tmp_path / "race.gif") as animation:
-        assert animation.n_frames == len(runs.EPOCHS)
+        assert animation.n_frames == len(figures.EPOCHS)

@@ -116,12 +116,21 @@ def test_a_baseline_is_guided_where_the_recipe_is(small_model):
     def predict(t, labels, guidance=1):
         return runs.predictor_by_noise(small_model, labels, guidance)(x_t, t, 0.8, 0.6)
 
-    x_label, x_null = predict(250, labels), predict(250, nulls)
-    expected = (x_null + 2.5 * (x_label - x_null)).clamp(-1, 1)
-    assert not expected.equal(x_label)
-    torch.testing.assert_close(predict(250, labels, 2.5), expected)
+    for t in (190, 309):
+        x_label, x_null = predict(t, labels), predict(t, nulls)
+        expected = (x_null + 2.5 * (x_label - x_null)).clamp(-1, 1)
+        assert not expected.equal(x_label)
+        torch.testing.assert_close(predict(t, labels, 2.5), expected)
     for t in (189, 310):
         assert predict(t, labels, 2.5).equal(predict(t, labels))
+
+
+def test_e_alone_is_guided(tmp_path, small_model, small_mnist, monkeypatch):
+    monkeypatch.setattr(runs, "N_SAMPLES", 20)
+    monkeypatch.setattr(runs, "networks", lambda run, *_: [(1, {run.name: small_model})])
+    runs.record_runs(tmp_path / "runs.csv", [runs.Run(name, (1,)) for name in "CDE"], CPU, [0])
+    _, c, d, e = (row["fid_classifier"] for row in runs.read_runs(tmp_path / "runs.csv"))
+    assert c == d != e
 
 
 def test_t_of_the_cosine_schedule_have_its_noise():
